@@ -1,0 +1,155 @@
+"""Queries and product keys: how PEER and product-key memories find their rows.
+
+Legend: `T` tokens, `H` heads, `P` = 2 halves, `Q` width of a half (d_key), `K` retrieved per head, `A` = H K.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from myriad.config import ConfigError
+from myriad.distributed import all_reduce_sum
+from myriad.ffn.base import Cost
+from myriad.kernels import product_key
+
+QueryNorm = Literal["batch", "layer", "rms", "none"]
+Router = Literal["softmax", "sigmoid", "relu"]
+
+
+def side_of(experts: int) -> int:
+    """The sub-keys of each half for a number of experts.
+
+    Raises:
+        ConfigError: the number is not a square; the text names the nearest ones.
+    """
+    side = math.isqrt(experts)
+    if side * side != experts:
+        low, high = f"{side}**2 = {side**2:,}", f"{side + 1}**2 = {(side + 1) ** 2:,}"
+        raise ConfigError(f"experts must be a square for product keys; nearest to {experts:,}: {low} and {high}")
+    return side
+
+
+class BatchNorm(nn.Module):
+    """Batch normalization over tokens whose running statistics change only in `update`.
+
+    In training it normalises with the statistics of the micro-batch over all ranks, differentiably; in
+    evaluation with running ones. Its load is the count, sum and sum of squares of what it saw, shape (3, F).
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, features: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.momentum, self.eps = momentum, eps
+        self.weight = nn.Parameter(torch.ones(features))
+        self.bias = nn.Parameter(torch.zeros(features))
+        self.register_buffer("running_mean", torch.zeros(features))
+        self.register_buffer("running_var", torch.ones(features))
+
+    def forward(self, x_TF: Tensor, mask_T: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Normalise tokens of shape (T, F), of which a mask of shape (T,) may leave some out."""
+        load: dict[str, Tensor] = {}
+        mean, var = self.running_mean, self.running_var
+        if self.training:
+            mine = _moments(x_TF, mask_T)
+            count, total, squares = all_reduce_sum(mine).unbind(0)
+            mean = total / count.clamp(min=1)
+            var = (squares / count.clamp(min=1) - mean * mean).clamp(min=0)
+            load = {"moments": mine.detach()}
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        return torch.addcmul(self.bias - mean * scale, x_TF, scale), load
+
+    def update(self, load: Mapping[str, Tensor]) -> None:
+        """Move the running statistics towards one step's sums, as `torch.nn.BatchNorm1d` does."""
+        count, total, squares = load["moments"].unbind(0)
+        if count[0] < 2:
+            return
+        mean = total / count
+        var = (squares / count - mean * mean).clamp(min=0) * count / (count - 1)
+        self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+        self.running_var.lerp_(var.to(self.running_var), self.momentum)
+
+
+def _moments(x_TF: Tensor, mask_T: Tensor | None) -> Tensor:
+    """Count, sum and sum of squares over tokens, as rows of one tensor of shape (3, F)."""
+    if mask_T is not None:
+        x_TF = x_TF * mask_T.unsqueeze(1)
+        count = mask_T.sum()
+    else:
+        count = torch.tensor(float(len(x_TF)), device=x_TF.device)
+    counts = count.to(x_TF.dtype).expand(x_TF.shape[1])
+    return torch.stack((counts, x_TF.sum(0), (x_TF * x_TF).sum(0)))
+
+
+class Queries(nn.Module):
+    """The query network: a linear map to H heads of two halves, normalised.
+
+    `batch` normalises every feature over the tokens (the paper's); `layer` and `rms` every query.
+    """
+
+    def __init__(self, d_model: int, heads: int, d_key: int, norm: QueryNorm) -> None:
+        super().__init__()
+        self.shape = (heads, 2, d_key)
+        self.proj = nn.Linear(d_model, heads * 2 * d_key, bias=False)
+        nn.init.normal_(self.proj.weight, std=d_model**-0.5)
+        self.norm: nn.Module | None = None
+        if norm == "batch":
+            self.norm = BatchNorm(heads * 2 * d_key)
+        elif norm == "layer":
+            self.norm = nn.LayerNorm((2, d_key))
+        elif norm == "rms":
+            self.norm = nn.RMSNorm((2, d_key))
+
+    def forward(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Queries of shape (T, H, 2, d_key), at least float32, and the load of the normalization."""
+        q_TF = self.proj(x_TD)
+        # bfloat16 has too few digits to rank scores with: retrieval stays in float32 under autocast.
+        q_TF = q_TF.to(torch.promote_types(q_TF.dtype, torch.float32))
+        load: dict[str, Tensor] = {}
+        if isinstance(self.norm, BatchNorm):
+            q_TF, load = self.norm(q_TF, mask_T)
+        q_THPQ = q_TF.view(-1, *self.shape)
+        if self.norm is not None and not isinstance(self.norm, BatchNorm):
+            q_THPQ = self.norm(q_THPQ)
+        return q_THPQ, load
+
+    def after_step(self, load: Mapping[str, Tensor]) -> None:
+        if isinstance(self.norm, BatchNorm) and load:
+            self.norm.update(load)
+
+
+def new_keys(experts: int, heads: int, d_key: int, shared: bool) -> nn.Parameter:
+    """Sub-keys of shape (2, side, d_key), or (heads, 2, side, d_key) where each head has its own.
+
+    Normal with a standard deviation of d_key**-0.5, so that normalised queries give scores of order one.
+    """
+    shape = (2, side_of(experts), d_key)
+    keys = nn.Parameter(torch.empty(shape if shared else (heads, *shape)))
+    return nn.init.normal_(keys, std=d_key**-0.5)  # pyright: ignore[reportReturnType]
+
+
+def router_weights(scores_THK: Tensor, router: Router) -> Tensor:
+    """The winners' weights; softmax is over the K of each head (arXiv 2407.04153, equation 3)."""
+    if router == "softmax":
+        return scores_THK.softmax(dim=-1)
+    return scores_THK.sigmoid() if router == "sigmoid" else scores_THK.relu()
+
+
+def retrieve(q_THPQ: Tensor, keys: Tensor, k: int, router: Router) -> tuple[Tensor, Tensor]:
+    """Each token's experts over all heads: ids and weights of shape (T, A)."""
+    scores_THK, ids_THK = product_key(q_THPQ, keys, k)
+    return ids_THK.flatten(1), router_weights(scores_THK, router).flatten(1)
+
+
+def retrieval_cost(d_model: int, experts: int, heads: int, d_key: int, shared: bool, norm: QueryNorm) -> Cost:
+    """Queries, their normalization, and scores against every sub-key of both halves."""
+    side = side_of(experts)
+    query = Cost.of_matrix(d_model, heads * 2 * d_key)
+    gains = {"batch": 2 * heads * 2 * d_key, "layer": 2 * 2 * d_key, "rms": 2 * d_key, "none": 0}[norm]
+    key_parameters = 2 * side * d_key * (1 if shared else heads)
+    keys = Cost(key_parameters, key_parameters, 2 * heads * 2 * side * d_key, 4 * key_parameters)
+    return query + Cost.of_vector(gains) + keys

@@ -1,0 +1,285 @@
+"""Single-neuron experts looked up in tables: the op, its reference and its gradient.
+
+    y[t] = sum over a of weights[t, a] * hidden(down[n] . x[t]) * up[n],    n = ids[t, a]
+
+(arXiv 2407.04153, equation 6). With a gate table the hidden value is act(gate[n] . x[t]) * (down[n] . x[t]).
+
+A table's gradient is dense, or sparse (only the rows that were used) where a batch touches few of them:
+`sparse_gradient` decides from the sizes alone, so that every step and every rank decides alike. A sparse
+gradient has a size known only at run time, which `torch.compile` cannot trace: that form stays out of the graph.
+
+Legend: `T` tokens, `A` active experts a token, `N` experts, `D` width, `U` distinct experts of the batch.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from myriad.kernels.bags import bag_dot, bag_sum, distinct_row_sums, row_sums
+from myriad.kernels.registry import register, resolve
+
+
+class Activation(NamedTuple):
+    value: Callable[[Tensor], Tensor]
+    gradient: Callable[[Tensor, Tensor], Tensor]
+    """(gradient of the value, argument) -> gradient of the argument"""
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "gelu": Activation(F.gelu, torch.ops.aten.gelu_backward),
+    "relu": Activation(F.relu, lambda grad, x: torch.ops.aten.threshold_backward(grad, x, 0)),
+    "silu": Activation(F.silu, torch.ops.aten.silu_backward),
+}
+
+
+class Gradients(NamedTuple):
+    x: Tensor
+    weights: Tensor
+    ids: Tensor
+    """int64 of shape (U,): the rows of the table gradients; empty where these are whole tables."""
+    down: Tensor
+    up: Tensor
+    gate: Tensor
+    """Empty without a gate."""
+
+
+class ExpertLookupFunctions(NamedTuple):
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    backward: Callable[..., Gradients]
+
+
+def sparse_gradient(tokens: int, active: int, experts: int) -> bool:
+    """Whether the tables' gradients are sparse: when a batch can touch less than half of the experts."""
+    return 2 * tokens * active < experts
+
+
+def expert_lookup(
+    x_TD: Tensor,
+    ids_TA: Tensor,
+    weights_TA: Tensor,
+    down_ND: Tensor,
+    up_ND: Tensor,
+    gate_ND: Tensor | None = None,
+    *,
+    activation: str = "gelu",
+    sparse: bool | None = None,
+) -> Tensor:
+    """The weighted sum of the outputs of each token's experts.
+
+    Args:
+        x_TD: inputs of shape (T, D).
+        ids_TA: experts of each token, int64 of shape (T, A); duplicates count as often as they stand.
+        weights_TA: router weights of shape (T, A).
+        down_ND, up_ND, gate_ND: tables of shape (N, D); their dtype may differ from the inputs'.
+        activation: `gelu` (exact), `relu` or `silu`.
+        sparse: whether the tables' gradients are coalesced sparse tensors; None: `sparse_gradient` decides.
+
+    Returns:
+        outputs of shape (T, D) in the dtype of x.
+
+    Raises:
+        ValueError: shapes that do not fit, or an unknown activation.
+        IndexError: an id outside the table.
+    """
+    _check(
+        x_TD,
+        ids_TA,
+        weights_TA,
+        [table for table in (down_ND, up_ND, gate_ND) if table is not None],
+        activation,
+    )
+    if sparse is None:
+        sparse = sparse_gradient(*ids_TA.shape, len(down_ND))
+    arguments = (x_TD, ids_TA, weights_TA, down_ND, up_ND, gate_ND, activation)
+    if sparse and torch.is_grad_enabled():
+        return _sparse_lookup(*arguments)
+    return torch.ops.myriad.expert_lookup(*arguments)[0]
+
+
+def _check(x: Tensor, ids: Tensor, weights: Tensor, tables: list[Tensor], activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation '{activation}' (known: {', '.join(ACTIVATIONS)})")
+    if x.ndim != 2 or ids.ndim != 2 or ids.shape != weights.shape or len(ids) != len(x):
+        raise ValueError(
+            "expected x (T, D) and ids and weights (T, A), not "
+            f"{tuple(x.shape)}, {tuple(ids.shape)} and {tuple(weights.shape)}"
+        )
+    shape = (len(tables[0]), x.shape[1])
+    if any(table.shape != shape for table in tables):
+        raise ValueError(f"every table must have shape (N, {x.shape[1]}), not {[tuple(t.shape) for t in tables]}")
+
+
+def _check_ids(ids: Tensor, experts: int) -> None:
+    """Only on the CPU: on an accelerator the look would wait for the device."""
+    if ids.device.type == "cpu" and ids.numel():
+        low, high = (int(bound) for bound in ids.aminmax())
+        if low < 0 or high >= experts:
+            raise IndexError(f"ids must lie between 0 and {experts - 1}; found {low} to {high}")
+
+
+def _reference_forward(
+    x: Tensor, ids: Tensor, weights: Tensor, down: Tensor, up: Tensor, gate: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    act = ACTIVATIONS[activation].value
+    down_dots_TA = bag_dot(down, ids, x)
+    if gate is None:
+        gate_dots_TA = down.new_empty(0)
+        hidden_TA = act(down_dots_TA)
+    else:
+        gate_dots_TA = bag_dot(gate, ids, x)
+        hidden_TA = act(gate_dots_TA) * down_dots_TA
+    y_TD = bag_sum(up, ids, weights.to(up.dtype) * hidden_TA)
+    return y_TD.to(x.dtype), down_dots_TA, gate_dots_TA
+
+
+def _reference_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    down: Tensor,
+    up: Tensor,
+    gate: Tensor | None,
+    down_dots: Tensor,
+    gate_dots: Tensor,
+    activation: str,
+    sparse: bool,
+) -> Gradients:
+    act = ACTIVATIONS[activation]
+    weights_TA = weights.to(up.dtype)
+    out_dots_TA = bag_dot(up, ids, grad_y)
+    grad_hidden_TA = weights_TA * out_dots_TA
+    if gate is None:
+        hidden_TA = act.value(down_dots)
+        grad_down_dots_TA, grad_gate_dots_TA = act.gradient(grad_hidden_TA, down_dots), None
+        grad_x_TD = bag_sum(down, ids, grad_down_dots_TA)
+    else:
+        gate_value_TA = act.value(gate_dots)
+        hidden_TA = gate_value_TA * down_dots
+        grad_down_dots_TA = grad_hidden_TA * gate_value_TA
+        grad_gate_dots_TA = act.gradient(grad_hidden_TA * down_dots, gate_dots)
+        grad_x_TD = bag_sum(down, ids, grad_down_dots_TA) + bag_sum(gate, ids, grad_gate_dots_TA)
+
+    def table_gradient(coefficients_TA: Tensor, source_TD: Tensor) -> tuple[Tensor, Tensor]:
+        source_TD = source_TD.to(down.dtype)
+        if sparse:
+            return distinct_row_sums(ids, coefficients_TA, source_TD)
+        return ids.new_empty(0), row_sums(len(down), ids, coefficients_TA, source_TD)
+
+    rows_U, grad_down = table_gradient(grad_down_dots_TA, x)
+    _, grad_up = table_gradient(weights_TA * hidden_TA, grad_y)
+    grad_gate = down.new_empty(0) if grad_gate_dots_TA is None else table_gradient(grad_gate_dots_TA, x)[1]
+    grad_weights_TA = (hidden_TA * out_dots_TA).to(weights.dtype)
+    return Gradients(grad_x_TD.to(x.dtype), grad_weights_TA, rows_U, grad_down, grad_up, grad_gate)
+
+
+register("expert_lookup", "reference", ExpertLookupFunctions(_reference_forward, _reference_backward))
+
+
+@torch.library.custom_op("myriad::expert_lookup", mutates_args=())
+def _op(
+    x: Tensor, ids: Tensor, weights: Tensor, down: Tensor, up: Tensor, gate: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_ids(ids, len(down))
+    return resolve("expert_lookup", x.device.type).forward(x, ids, weights, down, up, gate, activation)
+
+
+@_op.register_fake
+def _(
+    x: Tensor, ids: Tensor, weights: Tensor, down: Tensor, up: Tensor, gate: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    dots = ids.shape
+    return torch.empty_like(x), down.new_empty(dots), down.new_empty(0 if gate is None else dots)
+
+
+@torch.library.custom_op("myriad::expert_lookup_backward", mutates_args=())
+def _backward_op(
+    grad_y: Tensor,
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    down: Tensor,
+    up: Tensor,
+    gate: Tensor | None,
+    down_dots: Tensor,
+    gate_dots: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    saved = (x, ids, weights, down, up, gate, down_dots, gate_dots)
+    grads = resolve("expert_lookup", x.device.type).backward(grad_y.contiguous(), *saved, activation, False)
+    return grads.x, grads.weights, grads.down, grads.up, grads.gate
+
+
+@_backward_op.register_fake
+def _(
+    grad_y: Tensor,
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    down: Tensor,
+    up: Tensor,
+    gate: Tensor | None,
+    down_dots: Tensor,
+    gate_dots: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    empty = torch.empty_like
+    return (
+        empty(x),
+        empty(weights),
+        empty(down),
+        empty(up),
+        down.new_empty(0) if gate is None else empty(gate),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, ids, weights, down, up, gate, ctx.activation = inputs
+    ctx.save_for_backward(x, ids, weights, down, up, gate, output[1], output[2])
+    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad_y is None:
+        return (None,) * 7
+    x, weights, down, up, gate = torch.ops.myriad.expert_lookup_backward(grad_y, *ctx.saved_tensors, ctx.activation)
+    return x, None, weights, down, up, gate if ctx.saved_tensors[5] is not None else None, None
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _SparseLookup(torch.autograd.Function):
+    """The same op with coalesced sparse gradients for the tables."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = torch.ops.myriad.expert_lookup(*inputs)
+        x, ids, weights, down, up, gate, ctx.activation = inputs
+        ctx.save_for_backward(x, ids, weights, down, up, gate, output[1], output[2])
+        return output[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        down, gate = saved[3], saved[5]
+        found = resolve("expert_lookup", grads[0].device.type).backward(
+            grads[0].contiguous(), *saved, ctx.activation, True
+        )
+
+        def table(rows: Tensor) -> Tensor:
+            return torch.sparse_coo_tensor(
+                found.ids.unsqueeze(0), rows, down.shape, check_invariants=False, is_coalesced=True
+            )
+
+        gate_grad = None if gate is None else table(found.gate)
+        return found.x, None, found.weights, table(found.down), table(found.up), gate_grad, None
+
+
+@torch.compiler.disable
+def _sparse_lookup(*arguments: Any) -> Tensor:
+    return _SparseLookup.apply(*arguments)  # pyright: ignore[reportReturnType]

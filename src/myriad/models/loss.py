@@ -1,0 +1,81 @@
+"""The cross-entropy of a large vocabulary without its logits: computed in chunks of tokens.
+
+The gradient is taken chunk by chunk in the forward pass, where the logits are at hand, so that they are made
+once and never kept: three products of T x D x V in all, and memory for one chunk.
+
+Legend: `T` tokens, `D` width, `V` vocabulary, `C` tokens of a chunk.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LOGITS_PER_CHUNK = 2**22
+"""Logits held at once: 16 MB in float32."""
+
+
+def chunked_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
+    """The sum over targets of -log softmax(hidden @ weight.T)[target], in nats.
+
+    Args:
+        hidden_TD: the last layer's normalised outputs.
+        weight_VD: the output embedding.
+        targets_T: int64; negative ones are not counted.
+
+    Returns:
+        a scalar, float32 (float64 for float64 inputs). Its gradient cannot be differentiated again.
+    """
+    if torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad):
+        return _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, targets_T)  # pyright: ignore[reportReturnType]
+    total = hidden_TD.new_zeros((), dtype=_loss_dtype(hidden_TD))
+    for chunk in _chunks(targets_T, len(weight_VD)):
+        total += _loss(F.linear(hidden_TD[chunk], weight_VD), targets_T[chunk])
+    return total
+
+
+def _loss_dtype(hidden: Tensor) -> torch.dtype:
+    return torch.promote_types(hidden.dtype, torch.float32)
+
+
+def _chunks(targets: Tensor, vocabulary: int) -> list[slice]:
+    step = max(1, LOGITS_PER_CHUNK // vocabulary)
+    return [slice(start, start + step) for start in range(0, len(targets), step)]
+
+
+def _loss(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
+    logits_CV = logits_CV.to(_loss_dtype(logits_CV))
+    return F.cross_entropy(logits_CV, targets_C.clamp(min=-1), ignore_index=-1, reduction="sum")
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
+        dtype = _loss_dtype(hidden_TD)
+        total = hidden_TD.new_zeros((), dtype=dtype)
+        grad_hidden = torch.empty_like(hidden_TD)
+        grad_weight = torch.zeros_like(weight_VD, dtype=torch.promote_types(weight_VD.dtype, torch.float32))
+        for chunk in _chunks(targets_T, len(weight_VD)):
+            hidden_CD, targets_C = hidden_TD[chunk], targets_T[chunk]
+            logits_CV = F.linear(hidden_CD, weight_VD)
+            product_dtype = logits_CV.dtype  # autocast may have chosen another than the inputs'
+            log_probs_CV = logits_CV.to(dtype).log_softmax(dim=1)
+            total += F.nll_loss(log_probs_CV, targets_C.clamp(min=-1), ignore_index=-1, reduction="sum")
+            counted_C = targets_C >= 0
+            grad_CV = log_probs_CV.exp_()
+            grad_CV[torch.arange(len(targets_C), device=targets_C.device), targets_C.clamp(min=0)] -= 1
+            grad_CV = grad_CV.mul_(counted_C.unsqueeze(1)).to(product_dtype)
+            grad_hidden[chunk] = grad_CV @ weight_VD.to(product_dtype)
+            grad_weight += grad_CV.T @ hidden_CD.to(product_dtype)
+        ctx.save_for_backward(grad_hidden, grad_weight.to(weight_VD.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return (
+            grads[0].to(grad_hidden.dtype) * grad_hidden,
+            grads[0].to(grad_weight.dtype) * grad_weight,
+            None,
+        )

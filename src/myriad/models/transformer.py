@@ -1,0 +1,205 @@
+"""A decoder-only transformer whose blocks hold feed-forward layers of any kind.
+
+- RMSNorm before attention and before the feed-forward layer; no biases
+- rotary positions; grouped-query heads and query-key normalization if asked for
+- input and output embedding tied unless told otherwise
+- `ffns` names the feed-forward layers, `pattern` places them: it is repeated over the blocks
+"""
+
+from collections.abc import Sequence
+from functools import reduce
+from operator import add
+from typing import Literal, NamedTuple, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from myriad.config import nearest, register
+from myriad.ffn import FFN, Cost, DenseConfig, FFNConfig, FFNOutput, Role
+from myriad.models.attention import Attention, attention_cost, attention_mask
+from myriad.models.base import Cache, LanguageModel, LMOutput, ModelConfig
+from myriad.models.loss import chunked_cross_entropy
+from myriad.models.rotary import rotary_angles
+
+
+@register
+class TransformerConfig(ModelConfig):
+    """A decoder-only transformer."""
+
+    kind: Literal["transformer"] = "transformer"
+    layers: int = Field(default=8, ge=1)
+    """Blocks."""
+    d_model: int = Field(default=256, ge=2)
+    """Width of the residual stream."""
+    heads: int = Field(default=8, ge=1)
+    """Attention heads."""
+    kv_heads: int | None = Field(default=None, ge=1)
+    """Heads of keys and values, a divisor of `heads`; None: as many."""
+    head_dim: int | None = Field(default=None, ge=2)
+    """Width of a head, even; None: d_model / heads."""
+    qk_norm: bool = False
+    """Whether queries and keys are normalised."""
+    rope_theta: float = Field(default=10000.0, gt=0)
+    """Base of the rotary wavelengths."""
+    tie_embeddings: bool = True
+    """Whether the output embedding is the input embedding."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share dropped, in training, of the embedding's and of each sublayer's output."""
+    ffns: dict[str, FFNConfig] = Field(default={"dense": DenseConfig()}, min_length=1)
+    """Feed-forward layers by name."""
+    pattern: list[str] = Field(default=["dense"], min_length=1)
+    """Names of `ffns`, block by block, repeated over the blocks."""
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        if self.head_dim is None and self.d_model % self.heads:
+            raise ValueError(f"d_model = {self.d_model} is not a multiple of heads = {self.heads}; set head_dim")
+        if self.head_width % 2:
+            raise ValueError(f"rotary positions need an even width of heads, not {self.head_width}")
+        if self.heads % self.key_value_heads:
+            raise ValueError(f"kv_heads = {self.kv_heads} does not divide heads = {self.heads}")
+        for name in self.pattern:
+            if name not in self.ffns:
+                known = ", ".join(self.ffns)
+                raise ValueError(f"pattern names '{name}', not one of ffns{nearest(name, self.ffns)} (known: {known})")
+        for name in self.ffns:
+            if name not in self.placement:
+                raise ValueError(f"ffns.{name} is placed in no block: pattern is {self.pattern} over {self.layers}")
+        return self
+
+    @property
+    def head_width(self) -> int:
+        return self.head_dim or self.d_model // self.heads
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.kv_heads or self.heads
+
+    @property
+    def placement(self) -> list[str]:
+        """The name of each block's feed-forward layer."""
+        return [self.pattern[layer % len(self.pattern)] for layer in range(self.layers)]
+
+    def build(self) -> "Transformer":
+        return Transformer(self)
+
+    def cost(self) -> Cost:
+        attention = attention_cost(
+            self.d_model, self.heads, self.key_value_heads, self.head_width, self.qk_norm, self.context
+        )
+        norms = Cost.of_vector(2 * self.d_model)
+        blocks = [attention + norms + self.ffns[name].cost(self.d_model) for name in self.placement]
+        head = Cost.of_matrix(self.d_model, self.vocabulary)
+        # An embedding is looked up: one of its rows takes part.
+        size = self.d_model * self.vocabulary
+        embedding = Cost() if self.tie_embeddings else Cost(size, self.d_model, 0, 4 * self.d_model)
+        return reduce(add, blocks) + head + embedding + Cost.of_vector(self.d_model)
+
+
+class BlockOutput(NamedTuple):
+    x_BSD: Tensor
+    ffn: FFNOutput
+
+
+class Block(nn.Module):
+    """Attention and one feed-forward layer, each on the normalised residual stream."""
+
+    def __init__(self, config: TransformerConfig, layer: int) -> None:
+        super().__init__()
+        sizes = (config.d_model, config.heads, config.key_value_heads, config.head_width)
+        self.attention_norm = nn.RMSNorm(config.d_model)
+        self.attention = Attention(*sizes, config.qk_norm, layer)
+        self.ffn_norm = nn.RMSNorm(config.d_model)
+        self.ffn: FFN = config.ffns[config.placement[layer]].build(config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        angles: tuple[Tensor, Tensor],
+        allowed: Tensor | None,
+        cache: Cache | None,
+        mask_BS: Tensor | None,
+        with_routing: bool,
+    ) -> BlockOutput:
+        attended = self.attention(self.attention_norm(x_BSD), angles, allowed, cache)
+        x_BSD = x_BSD + self.dropout(attended)
+        output: FFNOutput = self.ffn(self.ffn_norm(x_BSD), mask=mask_BS, with_routing=with_routing)
+        return BlockOutput(x_BSD + self.dropout(output.y), output)
+
+
+class Transformer(LanguageModel):
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config: TransformerConfig = config
+        self.embedding = nn.Embedding(config.vocabulary, config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.norm = nn.RMSNorm(config.d_model)
+        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocabulary, bias=False)
+        self.activation_checkpointing = False
+        """Run-time choice: whether the backward pass computes each block again instead of keeping its values."""
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        if self.head is not None:
+            nn.init.normal_(self.head.weight, std=0.02)
+
+    def forward(
+        self,
+        ids: Tensor,
+        *,
+        targets: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+        mask: Tensor | None = None,
+        with_routing: bool = False,
+    ) -> LMOutput:
+        batch, new = ids.shape
+        cached = 0 if cache is None else cache.get_seq_length()
+        total = cached + new
+        if total > self.config.context:
+            raise ValueError(f"{total} positions exceed the model's context of {self.config.context}")
+        if positions is None:
+            positions = torch.arange(cached, total, device=ids.device).expand(batch, new)
+        angles = rotary_angles(positions, self.config.head_width, self.config.rope_theta)
+        allowed = attention_mask(batch, new, total, mask, ids.device)
+        mask_BS = None if mask is None else mask[:, -new:]
+
+        x_BSD = self.dropout(self.embedding(ids))
+        outputs: list[FFNOutput] = []
+        for block in self.blocks:
+            x_BSD, output = self._run(block, x_BSD, angles, allowed, cache, mask_BS, with_routing)
+            outputs.append(output)
+        x_BSD = self.norm(x_BSD)
+
+        logits = loss = count = None
+        weight_VD = self.embedding.weight if self.head is None else self.head.weight
+        if targets is None:
+            logits = nn.functional.linear(x_BSD, weight_VD)
+        else:
+            loss = chunked_cross_entropy(x_BSD.flatten(0, 1), weight_VD, targets.flatten())
+            count = (targets >= 0).sum()
+        aux_loss = torch.stack([output.aux_loss for output in outputs]).sum()
+        loads = tuple(output.load for output in outputs)
+        routing = tuple(output.routing for output in outputs) if with_routing else ()
+        return LMOutput(logits, loss, count, aux_loss, loads, routing)
+
+    def _run(self, block: nn.Module, *inputs: object) -> BlockOutput:
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)  # pyright: ignore[reportReturnType]
+        return block(*inputs)
+
+    def roles(self) -> dict[str, Role]:
+        roles: dict[str, Role] = {
+            name: "matrix" if parameter.ndim == 2 else "vector" for name, parameter in self.named_parameters()
+        }
+        for index, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            roles |= {f"blocks.{index}.ffn.{name}": role for name, role in block.ffn.roles().items()}
+        return roles
+
+    def after_step(self, loads: Sequence[dict[str, Tensor]]) -> None:
+        for block, load in zip(self.blocks, loads, strict=True):
+            assert isinstance(block, Block)
+            block.ffn.after_step(load)

@@ -1,0 +1,138 @@
+"""A job: what a run's config built, how far it is, and how that is saved and restored.
+
+A checkpoint holds everything that the rest of the run depends on: weights, moments, random states and counters.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from myriad import checkpoint, kernels
+from myriad.checkpoint import CheckpointError
+from myriad.data.store import Split, Store
+from myriad.data.stream import Stream
+from myriad.models import LanguageModel
+from myriad.train.optim import NamedState, RoleOptimizer, optimizer_state, restore_optimizer
+from myriad.train.precision import Precision
+from myriad.train.record import Display
+from myriad.train.run import RunConfig
+
+
+@dataclass
+class Progress:
+    """How far a run is: the counters of a checkpoint, all of them plain values."""
+
+    step: int = 0
+    position: int = 0
+    """Windows dealt by the stream."""
+    seconds: float = 0.0
+    """Training time over all sessions."""
+    skipped: int = 0
+    """Updates skipped because a loss or gradient was not finite."""
+    skipped_in_a_row: int = 0
+    best_loss: float | None = None
+    best_step: int | None = None
+    without_improvement: int = 0
+    """Validations since the best."""
+    validated_step: int | None = None
+
+
+@dataclass
+class Job:
+    """A run in the making: what the config built, and how far it is."""
+
+    run: RunConfig
+    folder: Path
+    store: Store
+    model: LanguageModel
+    optimizer: RoleOptimizer
+    stream: Stream
+    validation: Split
+    device: torch.device
+    precision: Precision
+    steps: int
+    """Steps of the whole budget."""
+    display: Display
+    progress: Progress = field(default_factory=Progress)
+    stop_signal: str | None = None
+    """The name of a signal that asked the run to stop."""
+
+    @property
+    def checkpoint_folders(self) -> Path:
+        return self.folder / checkpoint.CHECKPOINTS
+
+
+def save(job: Job) -> None:
+    """Write a checkpoint, show the best in the run folder, and delete what is no longer kept."""
+    moments = optimizer_state(job.optimizer, parameter_names(job.model))
+    state = {
+        "progress": asdict(job.progress),
+        "optimizer_steps": moments.steps,
+        "precision": job.precision,
+        "kernels": kernels.current(),
+        "data_sha256": job.store.split("train").sha256,
+    }
+    written = checkpoint.save_checkpoint(
+        job.folder,
+        job.progress.step,
+        job.model,
+        run_config=job.run.model_dump(mode="json"),
+        tokenizer=job.store.path / "tokenizer.json",
+        end_id=job.store.index.end_id,
+        tensors={"optimizer": moments.tensors, "random": _random_states()},
+        state=state,
+    )
+    publish(job, written)
+
+
+def publish(job: Job, newest: Path) -> None:
+    """Let the run folder show the best checkpoint, or the newest where none was validated."""
+    best = None if job.progress.best_step is None else job.checkpoint_folders / f"{job.progress.best_step:08d}"
+    checkpoint.publish(job.folder, best if best is not None and best.exists() else newest, best)
+    checkpoint.prune(job.folder, job.run.checkpoint.keep, best)
+
+
+def parameter_names(model: LanguageModel) -> dict[Tensor, str]:
+    """Parameter -> name."""
+    return {parameter: name for name, parameter in model.named_parameters()}
+
+
+def _random_states() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore(job: Job, folder: Path) -> None:
+    """Bring a freshly built job to where a checkpoint was saved.
+
+    Raises:
+        CheckpointError: a file does not hold what `save` wrote.
+    """
+    training = folder / checkpoint.TRAINING
+    checkpoint.load_weights(job.model, folder)
+    state = read_state(folder)
+    tensors = checkpoint.read_tensors(training / "optimizer.safetensors")
+    moments = {name: value.to(job.device) for name, value in tensors.items()}
+    try:
+        job.progress = TypeAdapter(Progress).validate_python(state["progress"])
+        names = parameter_names(job.model)
+        restore_optimizer(job.optimizer, names, NamedState(moments, state["optimizer_steps"]))
+        random = checkpoint.read_tensors(training / "random.safetensors")
+        torch.set_rng_state(random["cpu"])
+        if "cuda" in random and torch.cuda.is_available():
+            torch.cuda.set_rng_state(random["cuda"])
+    except (KeyError, TypeError, ValidationError) as error:
+        raise CheckpointError(f"{training}: damaged ({' '.join(str(error).split())})") from None
+    publish(job, folder)
+
+
+def read_state(folder: Path) -> Mapping[str, Any]:
+    """The counters of a checkpoint."""
+    return checkpoint.read_json(folder / checkpoint.TRAINING / "state.json")

@@ -1,0 +1,220 @@
+"""Parameters optimised by their roles: matrices and vectors by AdamW, tables by lazy Adam.
+
+A table's rows and moments move only where a row was used, so a step costs what its active experts cost.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from pydantic import Field, NonNegativeInt
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from myriad.config import Config
+from myriad.ffn import Role
+from myriad.kernels import lazy_adam
+
+Schedule = Literal["cosine", "wsd", "constant"]
+
+
+class OptimConfig(Config):
+    """The optimizer and the course of its learning rates."""
+
+    lr: float = Field(default=2e-3, gt=0)
+    """Peak learning rate of matrices and vectors."""
+    table_lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate of tables; None: `lr`."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the first and second moments."""
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled decay of matrices."""
+    clip: float | None = Field(default=1.0, gt=0)
+    """Largest norm of all gradients together; None: any."""
+    schedule: Schedule = "cosine"
+    """`cosine` to final_lr, `wsd` (constant, then linear over the last `decay` of the steps), or `constant`."""
+    warmup: NonNegativeInt = 100
+    """Steps over which the learning rates rise from zero."""
+    final_lr: float = Field(default=0.1, ge=0, le=1)
+    """What remains of the learning rates at the end, as a share of the peak."""
+    decay: float = Field(default=0.2, gt=0, le=1)
+    """Share of the steps over which `wsd` decays."""
+
+    def scale(self, step: int, steps: int) -> float:
+        """The learning rates' share of their peak at a step, counted from 0, of a number of steps."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        progress = min(1.0, (step - self.warmup) / max(1, steps - self.warmup))
+        if self.schedule == "cosine":
+            return self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+        if self.schedule == "wsd":
+            left = min(1.0, (steps - step) / max(1.0, self.decay * steps))
+            return self.final_lr + (1 - self.final_lr) * left
+        return 1.0
+
+
+class HasRoles(Protocol):
+    """A layer or a model: it knows its parameters' roles."""
+
+    def roles(self) -> dict[str, Role]: ...
+    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]: ...
+
+
+class RoleOptimizer(torch.optim.Optimizer):
+    """AdamW for matrices and vectors, lazy Adam for tables; a group for each role.
+
+    Each group has `role`, `lr`, `betas`, `eps`, `weight_decay` and `peak_lr`, of which `lr` is a share that
+    `scale_lr` sets. The moments are made when a parameter first has a gradient.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        super().__init__(groups, defaults={})
+
+    def scale_lr(self, share: float) -> None:
+        """Set every group's learning rate to a share of its peak."""
+        for group in self.param_groups:
+            group["lr"] = share * group["peak_lr"]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Update every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameter in parameters:
+                self._start(parameter)
+            if group["role"] == "table":
+                self._step_tables(group, parameters)
+            elif parameters:
+                self._step_dense(group, parameters)
+        return loss
+
+    def _start(self, parameter: Tensor) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros(())
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+
+    def _step_dense(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        states = [self.state[parameter] for parameter in parameters]
+        adamw(
+            parameters,
+            [parameter.grad for parameter in parameters if parameter.grad is not None],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def _step_tables(self, group: dict[str, Any], tables: list[Tensor]) -> None:
+        for table in tables:
+            state = self.state[table]
+            state["step"] += 1
+            assert table.grad is not None
+            lazy_adam(
+                table,
+                state["exp_avg"],
+                state["exp_avg_sq"],
+                table.grad,
+                lr=group["lr"],
+                betas=group["betas"],
+                eps=group["eps"],
+                step=int(state["step"]),
+            )
+
+
+def build_optimizer(
+    module: HasRoles,
+    lr: float = 2e-3,
+    table_lr: float | None = None,
+    *,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    weight_decay: float = 0.1,
+) -> RoleOptimizer:
+    """The optimizer of a whole model or of one layer.
+
+    Args:
+        module: anything with `roles()` and `named_parameters()`.
+        lr: learning rate of matrices and vectors.
+        table_lr: learning rate of tables; None: `lr`.
+        betas, eps: of every role.
+        weight_decay: of matrices only.
+    """
+    by_role: dict[Role, list[nn.Parameter]] = {"matrix": [], "vector": [], "table": []}
+    roles = module.roles()
+    for name, parameter in module.named_parameters():
+        by_role[roles[name]].append(parameter)
+    groups = []
+    for role, parameters in by_role.items():
+        rate = table_lr if role == "table" and table_lr is not None else lr
+        decay = weight_decay if role == "matrix" else 0.0
+        group = {"params": parameters, "role": role, "lr": rate, "peak_lr": rate}
+        groups.append(group | {"betas": tuple(betas), "eps": eps, "weight_decay": decay})
+    return RoleOptimizer([group for group in groups if group["params"]])
+
+
+def clip_gradients(parameters: Iterable[Tensor], largest: float | None) -> Tensor:
+    """Scale all gradients, dense ones and sparse rows together, to a norm of at most `largest`.
+
+    Returns:
+        the norm before, a float32 scalar; gradients stay as they are if it is not finite.
+    """
+    values = []
+    for parameter in parameters:
+        if parameter.grad is None:
+            continue
+        if parameter.grad.layout == torch.sparse_coo:
+            parameter.grad = parameter.grad.coalesce()
+            values.append(parameter.grad.values())
+        else:
+            values.append(parameter.grad)
+    if not values:
+        return torch.zeros(())
+    norm = torch.nn.utils.get_total_norm(values, error_if_nonfinite=False).float()
+    if largest is not None and bool(norm.isfinite()):
+        torch._foreach_mul_(values, (largest / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+class NamedState(NamedTuple):
+    """An optimizer's moments by parameter name, and the steps each has taken."""
+
+    tensors: dict[str, Tensor]
+    steps: dict[str, int]
+
+
+def optimizer_state(optimizer: RoleOptimizer, names: Mapping[Tensor, str]) -> NamedState:
+    """Everything that the optimizer remembers, by `exp_avg.NAME` and `exp_avg_sq.NAME`."""
+    tensors: dict[str, Tensor] = {}
+    steps: dict[str, int] = {}
+    for parameter, state in optimizer.state.items():
+        name = names[parameter]
+        steps[name] = int(state["step"])
+        for moment in ("exp_avg", "exp_avg_sq"):
+            tensors[f"{moment}.{name}"] = state[moment]
+    return NamedState(tensors, steps)
+
+
+def restore_optimizer(optimizer: RoleOptimizer, names: Mapping[Tensor, str], saved: NamedState) -> None:
+    """Give an optimizer back what `optimizer_state` returned."""
+    for parameter, name in names.items():
+        if name in saved.steps:
+            optimizer.state[parameter] = {
+                "step": torch.tensor(float(saved.steps[name])),
+                "exp_avg": saved.tensors[f"exp_avg.{name}"],
+                "exp_avg_sq": saved.tensors[f"exp_avg_sq.{name}"],
+            }

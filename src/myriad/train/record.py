@@ -1,0 +1,148 @@
+"""What a run tells: `metrics.jsonl` for programs, a progress bar for people.
+
+Every record of `metrics.jsonl` has `kind` (`train` or `validation`), `step` and `tokens`. `seconds` and
+`tokens_per_second` are clock fields; all others are functions of the config and the seed.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+CLOCK_FIELDS = ("seconds", "tokens_per_second")
+Record = dict[str, Any]
+
+
+def to_json(record: Record) -> str:
+    """One line; numbers that are not finite become null."""
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
+    }
+    return json.dumps(finite, allow_nan=False)
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """The records of a file, as far as its lines are whole."""
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            yield record
+
+
+class Metrics:
+    """Appends records to a file, one line each, at once."""
+
+    def __init__(self, path: Path, up_to_step: int) -> None:
+        """Open a file and drop the records after a step: a resumed run writes them again."""
+        kept = [to_json(record) for record in read_records(path) if record["step"] <= up_to_step]
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.replace(path)
+        self._file = path.open("a")
+
+    def write(self, record: Record) -> None:
+        self._file.write(to_json(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Display(Protocol):
+    """Where a run shows how it goes."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *_: object) -> None: ...
+    def start(self, step: int, steps: int) -> None:
+        """Training starts after `step` of `steps`."""
+        ...
+
+    def show(self, record: Record) -> None:
+        """A record was written."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Something to know."""
+        ...
+
+
+class Silent:
+    """A display that shows nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def start(self, step: int, steps: int) -> None:
+        pass
+
+    def show(self, record: Record) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+
+class Terminal:
+    """A live bar on a terminal; elsewhere a line at each validation."""
+
+    def __init__(self, title: str) -> None:
+        self._console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        self._progress = Progress(
+            TextColumn(title),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._progress.add_task(title, total=None, numbers="")
+        self._numbers = {"loss": "", "speed": "", "validation": ""}
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def start(self, step: int, steps: int) -> None:
+        self._progress.update(self._task, completed=step, total=steps)
+
+    def show(self, record: Record) -> None:
+        if record["kind"] == "train":
+            self._numbers["loss"] = f"loss {record['loss']:.3f}"
+            self._numbers["speed"] = f"{record['tokens_per_second']:,.0f} tok/s"
+        else:
+            self._numbers["validation"] = f"val {record['loss']:.3f} ({record['bits_per_byte']:.3f} bpb)"
+            if not self._console.is_terminal:
+                step, loss, bits = record["step"], record["loss"], record["bits_per_byte"]
+                speed = self._numbers["speed"]
+                self.note(f"step {step}: validation loss {loss:.4f}, {bits:.4f} bits per byte, {speed}")
+        numbers = "  ".join(text for text in self._numbers.values() if text)
+        self._progress.update(self._task, completed=record["step"], numbers=numbers)
+
+    def note(self, text: str) -> None:
+        self._console.print(text, markup=False)

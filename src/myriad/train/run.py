@@ -1,0 +1,187 @@
+"""RunConfig: everything that a run is. It is the only root config; a run folder's `run.json` holds one."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from myriad.config import Config, ConfigError, Count, apply_overrides, parse_overrides, validate
+from myriad.data.tokenizer import known_vocab_size
+from myriad.models import ModelConfig
+from myriad.train.optim import OptimConfig
+
+
+class DataConfig(Config):
+    """Where the tokens come from: a prepared store, or a source that is prepared when the run starts."""
+
+    path: str | None = None
+    """A store made by `myriad data prepare`."""
+    source: str | None = None
+    """A source to prepare: `python` (the standard library's own sources), a file or a folder."""
+    tokenizer: str = "bytes"
+    """For a source: `bytes`, `bpe:8192`, or the path of a tokenizer, store or run."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.path is None) == (self.source is None):
+            raise ValueError("expected exactly one of path and source")
+        return self
+
+
+class BudgetConfig(Config):
+    """How long to train: exactly one of the three."""
+
+    steps: Count | None = Field(default=None, ge=1)
+    """Optimizer steps."""
+    tokens: Count | None = Field(default=None, ge=1)
+    """Training tokens; the last step is whole."""
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes over the training split; the last step is whole."""
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> Self:
+        given = [name for name in ("steps", "tokens", "epochs") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"expected exactly one of steps, tokens and epochs, found {' and '.join(given) or 'none'}")
+        return self
+
+    def in_steps(self, tokens_per_step: int, windows: int, windows_per_step: int) -> int:
+        """The budget as whole steps, rounded up."""
+        if self.steps is not None:
+            return self.steps
+        if self.tokens is not None:
+            return -(-self.tokens // tokens_per_step)
+        assert self.epochs is not None
+        return max(1, -(-round(self.epochs * windows) // windows_per_step))
+
+
+class BatchConfig(Config):
+    """How many tokens make a step."""
+
+    tokens: Count = Field(default=4096, ge=1)
+    """Tokens of an optimizer step, a multiple of the model's context."""
+    micro_tokens: Count | None = Field(default=None, ge=1)
+    """Tokens computed at once, of which several micro-batches make a step; None: all of them."""
+
+
+class TrainConfig(Config):
+    """How the arithmetic is done; none of it changes what is computed beyond rounding."""
+
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of products: `auto` is bfloat16 autocast where the hardware multiplies it fast."""
+    compile: bool = False
+    """Whether every block goes through `torch.compile`."""
+    activation_checkpointing: bool = False
+    """Whether the backward pass computes each block again, to hold less."""
+    max_skipped: PositiveInt = 10
+    """Updates in a row that may be skipped for a loss or gradient that is not finite."""
+
+
+class EvaluationConfig(Config):
+    """Validation while training."""
+
+    every: PositiveInt = 250
+    """Steps between two; the last step is always followed by one."""
+    tokens: Count | None = Field(default=None, ge=1)
+    """Validation tokens, from the start of the split; None: all."""
+
+
+class EarlyStoppingConfig(Config):
+    """When to stop before the budget is spent."""
+
+    patience: PositiveInt | None = None
+    """Validations without improvement after which training stops; None: never."""
+    min_delta: float = Field(default=0.0, ge=0)
+    """The smallest fall of the validation loss, in nats per token, that counts as improvement."""
+
+
+class CheckpointConfig(Config):
+    """What is kept."""
+
+    every: PositiveInt | None = None
+    """Steps between two checkpoints; None: at every validation. The last step always has one."""
+    keep: PositiveInt = 2
+    """Newest checkpoints kept, beside the best."""
+
+
+class RunConfig(Config):
+    """A training run."""
+
+    alternatives: ClassVar[list[list[str]]] = [
+        ["budget.steps", "budget.tokens", "budget.epochs"],
+        ["data.path", "data.source"],
+    ]
+    """Settings of which an override of one replaces the others."""
+
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig = OptimConfig()
+    budget: BudgetConfig
+    batch: BatchConfig = BatchConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    seed: NonNegativeInt = 0
+    """Of the initial weights, the order of the data and dropout."""
+    out: str | None = None
+    """The run folder; None: runs/NAME."""
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        context, micro = self.model.context, self.micro_tokens
+        if micro % context:
+            raise ValueError(f"batch: micro-batches of {micro} tokens are not a multiple of model.context = {context}")
+        if self.batch.tokens % micro:
+            raise ValueError(f"batch.tokens = {self.batch.tokens} is not a multiple of micro_tokens = {micro}")
+        return self
+
+    @model_validator(mode="after")
+    def _vocabulary_of_the_tokenizer(self) -> Self:
+        """A source names its tokenizer; where that tells the vocabulary, the model can be built without data."""
+        size = known_vocab_size(self.data.tokenizer) if self.data.source is not None else None
+        if self.model.vocab_size is None and size is not None:
+            object.__setattr__(self, "model", self.model.with_vocabulary(size))
+        return self
+
+    @property
+    def micro_tokens(self) -> int:
+        """Tokens computed at once."""
+        return self.batch.micro_tokens or self.batch.tokens
+
+    @property
+    def windows_per_step(self) -> int:
+        """Sequences of an optimizer step."""
+        return self.batch.tokens // self.model.context
+
+    def digest(self) -> str:
+        """Names the run's settings in reports; where it is written does not matter."""
+        return Config.digest(self.model_copy(update={"out": None})) if self.out is not None else super().digest()
+
+
+def with_overrides(raw: Mapping[str, Any], words: Sequence[str]) -> RunConfig:
+    """A run's settings with `key.path=value` words applied.
+
+    Raises:
+        ConfigError: a word or a resulting setting that cannot be.
+    """
+    changes = parse_overrides(words)
+    for group in RunConfig.alternatives:
+        named = [path for path in group if changes.get(path) is not None]
+        if len(named) > 1:
+            raise ConfigError(f"{' and '.join(named)}: only one of them can be set")
+    if changes.get("data.path") is not None:
+        raw = _without_source(raw)
+    return validate(RunConfig, apply_overrides(raw, changes, RunConfig.alternatives))
+
+
+def _without_source(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Settings whose source gives way to a store: its tokenizer, and a vocabulary that came from it, go too."""
+    model, data = raw.get("model"), raw.get("data")
+    if not isinstance(model, dict) or not isinstance(data, dict):
+        return raw
+    tokenizer = data.get("tokenizer")
+    if isinstance(tokenizer, str) and model.get("vocab_size") == known_vocab_size(tokenizer):
+        model = {name: value for name, value in model.items() if name != "vocab_size"}
+    data = {name: value for name, value in data.items() if name != "tokenizer"}
+    return {**raw, "model": model, "data": data}

@@ -1,0 +1,226 @@
+"""A session: one process's part in a run, from its config to the outcome of the loop.
+
+`fit` opens or prepares the data, builds the model, continues from the newest intact checkpoint if asked, and trains.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from myriad import __version__, checkpoint, kernels
+from myriad.checkpoint import CheckpointError
+from myriad.config import ConfigError, validate
+from myriad.data.store import Store, prepare
+from myriad.data.stream import Stream
+from myriad.models import Transformer
+from myriad.train.job import Job, read_state, restore
+from myriad.train.loop import Outcome, train
+from myriad.train.optim import build_optimizer
+from myriad.train.precision import Precision, resolve_precision
+from myriad.train.record import Display, Metrics, Silent
+from myriad.train.run import DataConfig, RunConfig
+
+MAY_CHANGE = ("out", "budget", "train", "evaluation", "early_stopping", "checkpoint")
+"""Settings in which a resumed run may differ from its record."""
+
+
+def fit(
+    run: RunConfig,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    kernel: str | None = None,
+    display: Display | None = None,
+) -> Outcome:
+    """Train a run in a folder.
+
+    Args:
+        run: the settings.
+        out: the run folder.
+        resume: continue a run that is there; without one, start it.
+        kernel: the kernels to use; None: those that the run has used before, else `auto`.
+        display: where to show progress.
+
+    Raises:
+        MyriadError: settings, data or folder cannot be used, or training failed; the text says why.
+    """
+    out = Path(out)
+    display = Silent() if display is None else display
+    present = holds_run(out)
+    if present and not resume:
+        raise ConfigError(f"{out}: already holds a run; --resume continues it, or choose another folder with out=")
+    store = open_store(run.data, out, display)
+    run = with_store_vocabulary(run, store)
+    newest = _newest_checkpoint(run, out, store, display) if present else None
+    kernels.select(kernel or (str(read_state(newest).get("kernels", "auto")) if newest else "auto"))
+    job = _build_job(run, out, store, display, newest)
+    if newest is not None:
+        restore(job, newest)
+    _record_session(job)
+    metrics = Metrics(out / "metrics.jsonl", up_to_step=job.progress.step)
+    try:
+        with display:
+            return train(job, metrics)
+    finally:
+        metrics.close()
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a folder has the traces of a run in it."""
+    return any((folder / name).exists() for name in ("run.json", "metrics.jsonl", checkpoint.CHECKPOINTS))
+
+
+def store_path(data: DataConfig, out: Path) -> Path:
+    """Where the tokens of a run are: the store that it names, or the one made of its source, beside the run."""
+    if data.path is not None:
+        return Path(data.path)
+    assert data.source is not None
+    source, tokenizer = data.source, data.tokenizer
+    place = str(Path(source).resolve()) if Path(source).exists() else source
+    mark = hashlib.sha256(f"{place}\n{tokenizer}".encode()).hexdigest()[:8]
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{Path(source).name}-{Path(tokenizer).name}")
+    return out.parent / "data" / f"{name}-{mark}"
+
+
+def open_store(data: DataConfig, out: Path, display: Display) -> Store:
+    """Open a run's store; a source's store that is not there yet is prepared."""
+    path = store_path(data, out)
+    if data.source is not None and not path.exists():
+        display.note(f"preparing {data.source} with {data.tokenizer} tokens in {path}")
+        return prepare(data.source, data.tokenizer, path)
+    return Store.open(path)
+
+
+def with_store_vocabulary(run: RunConfig, store: Store) -> RunConfig:
+    """The run with the store's vocabulary where it names none.
+
+    Raises:
+        ConfigError: the store's tokens do not fit the model's vocabulary.
+    """
+    size = store.index.vocab_size
+    if run.model.vocab_size is None:
+        return run.model_copy(update={"model": run.model.with_vocabulary(size)})
+    if run.model.vocab_size < size:
+        raise ConfigError(f"model.vocab_size: {run.model.vocab_size}, but {store.path} has a vocabulary of {size}")
+    return run
+
+
+def _newest_checkpoint(run: RunConfig, out: Path, store: Store, display: Display) -> Path | None:
+    """The newest intact checkpoint, if it belongs to this run; says which damaged ones were passed over."""
+    for folder, damage in checkpoint.intact_checkpoints(out):
+        if damage is not None:
+            display.note(f"passed over: {damage}")
+            continue
+        recorded = validate(RunConfig, checkpoint.read_json(folder / "run.json"))
+        _refuse_other_run(run, recorded, out)
+        if read_state(folder).get("data_sha256") != store.split("train").sha256:
+            raise ConfigError(f"{store.path}: not the data that {out} was trained on (its hash is another)")
+        if run.budget != recorded.budget:
+            display.note(f"the budget was {recorded.budget}, is now {run.budget}: the learning rates follow it")
+        display.note(f"resuming {out} from step {int(folder.name)}")
+        return folder
+    if checkpoint.list_checkpoints(out):
+        raise CheckpointError(f"{out}: none of its checkpoints is intact; start anew with another out=")
+    display.note(f"{out} has no checkpoint yet: starting from the first step")
+    return None
+
+
+def _refuse_other_run(run: RunConfig, recorded: RunConfig, out: Path) -> None:
+    mine, theirs = run.model_dump(mode="json"), recorded.model_dump(mode="json")
+    for section in mine.keys() - set(MAY_CHANGE):
+        if mine[section] != theirs[section]:
+            raise ConfigError(
+                f"{section}: not as in the run that {out} holds ({_difference(mine[section], theirs[section])})"
+            )
+
+
+def _difference(mine: object, theirs: object, path: str = "") -> str:
+    """The first place where two nested settings differ."""
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        for key in sorted({*mine, *theirs}):
+            if mine.get(key) != theirs.get(key):
+                return _difference(mine.get(key), theirs.get(key), f"{path}.{key}" if path else str(key))
+    return f"{path + ': ' if path else ''}{json.dumps(mine)} instead of {json.dumps(theirs)}"
+
+
+def _build_job(run: RunConfig, out: Path, store: Store, display: Display, newest: Path | None) -> Job:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(run.seed)
+    stream = Stream(store.split("train").tokens, run.model.context, run.seed)
+    model = run.model.build().to(device)
+    _apply_run_time_choices(run, model)
+    optim = run.optim
+    optimizer = build_optimizer(
+        model, optim.lr, optim.table_lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+    )
+    return Job(
+        run=run,
+        folder=out,
+        store=store,
+        model=model,
+        optimizer=optimizer,
+        stream=stream,
+        validation=store.split("validation"),
+        device=device,
+        precision=_precision(run, device, newest),
+        steps=run.budget.in_steps(run.batch.tokens, stream.windows, run.windows_per_step),
+        display=display,
+    )
+
+
+def _precision(run: RunConfig, device: torch.device, newest: Path | None) -> Precision:
+    """What was asked for; a resumed run with `auto` keeps what `auto` meant when it began."""
+    recorded = read_state(newest).get("precision") if newest is not None else None
+    if run.train.precision == "auto" and recorded in ("float32", "bfloat16"):
+        return recorded
+    return resolve_precision(run.train.precision, device)
+
+
+def _apply_run_time_choices(run: RunConfig, model: torch.nn.Module) -> None:
+    if not isinstance(model, Transformer):
+        return
+    model.activation_checkpointing = run.train.activation_checkpointing
+    if run.train.compile:
+        for block in model.blocks:
+            block.compile()
+
+
+def _record_session(job: Job) -> None:
+    """Note what this session runs on in `sessions.jsonl`, and the settings in `run.json`."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    if not (job.folder / "run.json").exists():
+        (job.folder / "run.json").write_text(json.dumps(job.run.model_dump(mode="json"), indent=2) + "\n")
+    session = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "from_step": job.progress.step,
+        "steps": job.steps,
+        "config": job.run.digest(),
+        "seed": job.run.seed,
+        "data": {"path": str(job.store.path), "source_sha256": job.store.index.source_sha256}
+        | {name: split.sha256 for name, split in job.store.index.splits.items()},
+        "precision": job.precision,
+        "kernels": kernels.current(),
+        "device": torch.cuda.get_device_name() if job.device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "versions": {"myriad": __version__, "torch": torch.__version__, "python": sys.version.split()[0]},
+    }
+    with (job.folder / "sessions.jsonl").open("a") as file:
+        file.write(json.dumps(session) + "\n")
+
+
+def _processor() -> str:
+    """The processor's name and its number of cores."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{name}, {os.cpu_count()} cores"

@@ -1,0 +1,123 @@
+"""Which implementation of an op runs, on a made-up op with made-up forms."""
+
+import threading
+
+import pytest
+import torch
+
+from myriad.config import MyriadError
+from myriad.kernels import chosen, current, expert_lookup, lazy_adam, names, product_key, registry, use
+from myriad.kernels.registry import KernelError, register, resolve
+
+
+@pytest.fixture(autouse=True)
+def own_registry(monkeypatch):
+    """Changes of the registry end with the test."""
+    monkeypatch.setattr(registry, "_implementations", dict(registry._implementations))
+    monkeypatch.setattr(registry, "_choice", "auto")
+    monkeypatch.setattr(registry, "_chosen", {})
+
+
+@pytest.fixture
+def fake_op() -> str:
+    """An op with a form for CUDA, registered before its reference, as order must not matter."""
+    register("fake", "fast", "functions for CUDA", devices=("cuda",))
+    register("fake", "reference", "functions for all")
+    return "fake"
+
+
+def test_use_chooses_inside_its_block_and_restores():
+    with use("reference"):
+        assert current() == "reference"
+        with use("auto"):
+            assert current() == "auto"
+        assert current() == "reference"
+    assert current() == "auto"
+
+
+def test_use_restores_after_an_error():
+    with pytest.raises(ZeroDivisionError), use("reference"):
+        raise ZeroDivisionError
+    assert current() == "auto"
+
+
+def test_use_holds_for_other_threads():
+    seen = []
+    with use("reference"):
+        thread = threading.Thread(target=lambda: seen.append(current()))
+        thread.start()
+        thread.join()
+    assert seen == ["reference"]
+
+
+def test_an_unknown_name_suggests_the_nearest_and_changes_nothing():
+    with pytest.raises(KernelError, match=r"'refrence'.*did you mean 'reference'\?.*known: auto, "):
+        registry.select("refrence")
+    assert current() == "auto"
+    assert issubclass(KernelError, MyriadError)
+    assert KernelError.exit_code == 2
+
+
+def test_names_are_auto_and_every_registered_form(fake_op):
+    assert {"auto", "reference", "fast"} <= set(names())
+
+
+def test_auto_prefers_the_devices_own_form_else_the_reference(fake_op):
+    assert resolve(fake_op, "cuda") == "functions for CUDA"
+    assert resolve(fake_op, "cpu") == "functions for all"
+    assert resolve(fake_op, "mps") == "functions for all"
+
+
+def test_the_reference_runs_anywhere_when_asked_for(fake_op):
+    with use("reference"):
+        assert resolve(fake_op, "cuda") == resolve(fake_op, "cpu") == "functions for all"
+
+
+def test_a_form_for_other_devices_is_refused_with_the_reason(fake_op):
+    with use("fast"):
+        assert resolve(fake_op, "cuda") == "functions for CUDA"
+        with pytest.raises(KernelError, match="'fast' form of fake runs on cuda, not on cpu"):
+            resolve(fake_op, "cpu")
+
+
+def test_a_form_that_an_op_lacks_is_refused(fake_op):
+    register("other", "reference", "functions")
+    with use("fast"), pytest.raises(KernelError, match=r"other has no 'fast' form \(known: reference\)"):
+        resolve("other", "cuda")
+
+
+def test_an_explicit_choice_that_cannot_run_stops_the_op(fake_op):
+    with use("fast"), pytest.raises(KernelError, match="product_key has no 'fast' form"):
+        product_key(torch.randn(1, 1, 2, 3), torch.randn(2, 4, 3), 1)
+
+
+def test_chosen_records_the_form_and_why(fake_op):
+    resolve(fake_op, "cuda")
+    assert chosen() == {"fake": "fast (preferred on cuda)"}
+    resolve(fake_op, "cpu")
+    assert chosen() == {"fake": "reference (no faster form for cpu)"}
+    with use("reference"):
+        resolve(fake_op, "cpu")
+    assert chosen() == {"fake": "reference (asked for)"}
+
+
+def test_a_refused_form_is_not_recorded(fake_op):
+    with use("fast"), pytest.raises(KernelError):
+        resolve(fake_op, "cpu")
+    assert chosen() == {}
+
+
+def test_the_record_is_a_copy(fake_op):
+    resolve(fake_op, "cpu")
+    chosen().clear()
+    assert "fake" in chosen()
+
+
+def test_every_op_runs_through_the_registry():
+    table = torch.randn(4, 3)
+    with use("reference"):
+        _, ids = product_key(torch.randn(2, 1, 2, 3), torch.randn(2, 2, 3), 1)
+        expert_lookup(torch.randn(2, 3), ids.flatten(1), torch.ones(2, 1), table, table)
+        moments = torch.zeros(4, 3), torch.zeros(4, 3)
+        lazy_adam(table, *moments, torch.ones(4, 3), lr=0.1, betas=(0.9, 0.999), eps=1e-8, step=1)
+    assert chosen() == {op: "reference (asked for)" for op in ("product_key", "expert_lookup", "table_update")}
