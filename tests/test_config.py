@@ -1,3 +1,4 @@
+import contextlib
 from typing import Any, ClassVar, Literal
 
 import pytest
@@ -130,7 +131,5 @@ json_values = st.recursive(
 @settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(st.dictionaries(st.sampled_from(["shapes", "mode", "tokens", "rate", "extra"]), json_values))
 def test_any_settings_validate_or_give_a_config_error(raw):
-    try:
+    with contextlib.suppress(ConfigError):
         validate(Drawing, raw)
-    except ConfigError as error:
-        assert str(error)

@@ -330,6 +330,9 @@ def _describe_line(line: dict[str, Any]) -> str:
         hint = nearest(str(value), words)
     if isinstance(value, bool):
         hint = " (YAML reads on, off, yes and no as true and false: put the word in quotes)"
-    shown = json.dumps(value, default=str)
+    try:
+        shown = json.dumps(value, default=str)
+    except (ValueError, RecursionError):  # YAML's anchors can make a mapping that holds itself
+        shown = repr(value)
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
     return f"{path}: expected {message}, found {shown}{hint}"

@@ -23,13 +23,13 @@ class _SumOverRanks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        total = x.clone()
+        total = x.clone(memory_format=torch.contiguous_format)  # ranks may hold other strides
         dist.all_reduce(total)
         return total
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> Tensor:
-        total = grads[0].clone()
+        total = grads[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         return total
 

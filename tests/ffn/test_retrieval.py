@@ -122,8 +122,7 @@ def test_queries_are_normalised_linear_maps(norm):
     both_halves = {"dim": (2, 3), "keepdim": True}
     expected = {
         "batch": (plain - plain.mean(0)) / (plain.var(0, correction=0) + 1e-5).sqrt(),
-        "layer": (plain - plain.mean(**both_halves))
-        / (plain.var(correction=0, **both_halves) + 1e-5).sqrt(),
+        "layer": (plain - plain.mean(**both_halves)) / (plain.var(correction=0, **both_halves) + 1e-5).sqrt(),
         "rms": plain / plain.square().mean(**both_halves).sqrt(),
         "none": plain,
     }[norm]
@@ -159,7 +158,7 @@ def test_keys_are_shared_or_each_heads_own(shared, shape):
 
 def test_normalised_queries_get_scores_of_order_one():
     torch.manual_seed(0)
-    keys = new_keys(64**2, 1, 256, shared=True)
+    keys = new_keys(64**2, 1, 256, shared=True).detach()
     scores = torch.randn(100, 256) @ keys[0].T
     assert 0.9 < float(scores.std()) < 1.1
 

@@ -6,7 +6,7 @@ micro-batches and ranks and hands them to `after_step` once a step.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
@@ -109,7 +109,7 @@ class FFNConfig(Variant):
         raise NotImplementedError
 
     @classmethod
-    def examples(cls) -> list[Self]:
+    def examples(cls) -> Sequence[Self]:
         """Small configs that between them use every option: the contract tests run on each."""
         raise NotImplementedError
 

@@ -1,5 +1,6 @@
 """The dense feed-forward layer: two linear maps, or SwiGLU's three (arXiv 2002.05202)."""
 
+from collections.abc import Sequence
 from typing import Literal, Self
 
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ class DenseConfig(FFNConfig):
         return Cost.of_matrix(d_model, maps * self.hidden(d_model))
 
     @classmethod
-    def examples(cls) -> list[Self]:
+    def examples(cls) -> Sequence[Self]:
         return [cls(), cls(activation="relu", d_hidden=24), cls(activation="swiglu", dropout=0.1)]
 
 

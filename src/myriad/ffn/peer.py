@@ -6,7 +6,7 @@ expert n is a neuron with down row u_n and up row v_n:
     y = sum over heads, sum over retrieved n:  weight_n * act(u_n . x) * v_n
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, Self
 
 import torch
@@ -70,7 +70,7 @@ class PEERConfig(FFNConfig):
         return retrieval + Cost(self.experts * row, active, 2 * active, 4 * active)
 
     @classmethod
-    def examples(cls) -> list[Self]:
+    def examples(cls) -> Sequence[Self]:
         def small(**options) -> Self:
             return cls(**{"experts": 64, "heads": 2, "experts_per_head": 4, "d_key": 8, **options})
 

@@ -100,9 +100,9 @@ class Queries(nn.Module):
         if norm == "batch":
             self.norm = BatchNorm(heads * 2 * d_key)
         elif norm == "layer":
-            self.norm = nn.LayerNorm((2, d_key))
+            self.norm = nn.LayerNorm([2, d_key])
         elif norm == "rms":
-            self.norm = nn.RMSNorm((2, d_key))
+            self.norm = nn.RMSNorm([2, d_key])
 
     def forward(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Queries of shape (T, H, 2, d_key), at least float32, and the load of the normalization."""

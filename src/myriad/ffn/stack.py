@@ -1,6 +1,6 @@
 """Several feed-forward layers one after the other in one block, each on the residual stream of the last."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from operator import add
 from typing import Literal, Self
@@ -31,7 +31,7 @@ class StackConfig(FFNConfig):
         return reduce(add, (layer.cost(d_model) for layer in self.layers), norms)
 
     @classmethod
-    def examples(cls) -> list[Self]:
+    def examples(cls) -> Sequence[Self]:
         peer = PEERConfig.examples()[0]
         return [cls(layers=[peer, DenseConfig()]), cls(layers=[cls(layers=[DenseConfig()]), peer])]
 

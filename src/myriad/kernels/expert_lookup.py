@@ -246,8 +246,9 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor
 def _backward(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad_y is None:
         return (None,) * 7
-    x, weights, down, up, gate = torch.ops.myriad.expert_lookup_backward(grad_y, *ctx.saved_tensors, ctx.activation)
-    return x, None, weights, down, up, gate if ctx.saved_tensors[5] is not None else None, None
+    saved = ctx.saved_tensors  # once: activation checkpointing computes them anew for each look
+    x, weights, down, up, gate = torch.ops.myriad.expert_lookup_backward(grad_y, *saved, ctx.activation)
+    return x, None, weights, down, up, None if saved[5] is None else gate, None
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
@@ -280,6 +281,7 @@ class _SparseLookup(torch.autograd.Function):
         return found.x, None, found.weights, table(found.down), table(found.up), gate_grad, None
 
 
-@torch.compiler.disable
+# `torch.compiler.disable` would import the compiler, a second, whenever this module is imported.
+@torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
 def _sparse_lookup(*arguments: Any) -> Tensor:
     return _SparseLookup.apply(*arguments)  # pyright: ignore[reportReturnType]

@@ -76,6 +76,8 @@ class LanguageModel(nn.Module, ABC):
     """A model of the next token."""
 
     config: ModelConfig
+    activation_checkpointing: bool = False
+    """Run-time choice: whether the backward pass computes each block again instead of keeping its values."""
 
     @abstractmethod
     def forward(

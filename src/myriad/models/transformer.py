@@ -29,7 +29,7 @@ class TransformerConfig(ModelConfig):
     """A decoder-only transformer."""
 
     kind: Literal["transformer"] = "transformer"
-    layers: int = Field(default=8, ge=1)
+    layers: int = Field(default=8, ge=1, le=10_000)
     """Blocks."""
     d_model: int = Field(default=256, ge=2)
     """Width of the residual stream."""
@@ -139,8 +139,6 @@ class Transformer(LanguageModel):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = nn.RMSNorm(config.d_model)
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocabulary, bias=False)
-        self.activation_checkpointing = False
-        """Run-time choice: whether the backward pass computes each block again instead of keeping its values."""
         nn.init.normal_(self.embedding.weight, std=0.02)
         if self.head is not None:
             nn.init.normal_(self.head.weight, std=0.02)
@@ -186,7 +184,8 @@ class Transformer(LanguageModel):
         return LMOutput(logits, loss, count, aux_loss, loads, routing)
 
     def _run(self, block: nn.Module, *inputs: object) -> BlockOutput:
-        if self.activation_checkpointing and torch.is_grad_enabled():
+        _, _, _, cache, *_ = inputs
+        if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
             return checkpoint(block, *inputs, use_reentrant=False)  # pyright: ignore[reportReturnType]
         return block(*inputs)
 

@@ -1,0 +1,33 @@
+"""Presets: Python functions that return runs. The function's docstring is what `myriad presets` says of it."""
+
+from collections.abc import Callable
+
+from myriad.config import ConfigError, nearest
+from myriad.presets import demo
+from myriad.train import RunConfig
+
+_PRESETS: dict[str, Callable[[], RunConfig]] = {
+    "demo-peer": demo.peer,
+    "demo-dense": demo.dense,
+}
+
+
+def names() -> list[str]:
+    """Every preset's name."""
+    return list(_PRESETS)
+
+
+def get(name: str) -> RunConfig:
+    """The run of a preset.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name not in _PRESETS:
+        raise ConfigError(f"unknown preset '{name}'{nearest(name, _PRESETS)} (known: {', '.join(_PRESETS)})")
+    return _PRESETS[name]()
+
+
+def describe(name: str) -> str:
+    """What a preset is, in a line."""
+    return (_PRESETS[name].__doc__ or "").strip().splitlines()[0]

@@ -170,18 +170,25 @@ def with_overrides(raw: Mapping[str, Any], words: Sequence[str]) -> RunConfig:
         named = [path for path in group if changes.get(path) is not None]
         if len(named) > 1:
             raise ConfigError(f"{' and '.join(named)}: only one of them can be set")
+    if any(path.startswith("data.") for path in changes):
+        raw = _without_derived_vocabulary(raw)
     if changes.get("data.path") is not None:
-        raw = _without_source(raw)
+        raw = _without(raw, "data", "tokenizer")
     return validate(RunConfig, apply_overrides(raw, changes, RunConfig.alternatives))
 
 
-def _without_source(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Settings whose source gives way to a store: its tokenizer, and a vocabulary that came from it, go too."""
+def _without_derived_vocabulary(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Settings without a vocabulary size that came from their tokenizer: the data are about to change."""
     model, data = raw.get("model"), raw.get("data")
-    if not isinstance(model, dict) or not isinstance(data, dict):
+    tokenizer = data.get("tokenizer") if isinstance(data, dict) else None
+    derived = known_vocab_size(tokenizer) if isinstance(tokenizer, str) else None
+    if isinstance(model, dict) and derived is not None and model.get("vocab_size") == derived:
+        return _without(raw, "model", "vocab_size")
+    return raw
+
+
+def _without(raw: Mapping[str, Any], section: str, key: str) -> Mapping[str, Any]:
+    settings = raw.get(section)
+    if not isinstance(settings, dict):
         return raw
-    tokenizer = data.get("tokenizer")
-    if isinstance(tokenizer, str) and model.get("vocab_size") == known_vocab_size(tokenizer):
-        model = {name: value for name, value in model.items() if name != "vocab_size"}
-    data = {name: value for name, value in data.items() if name != "tokenizer"}
-    return {**raw, "model": model, "data": data}
+    return {**raw, section: {name: value for name, value in settings.items() if name != key}}

@@ -19,7 +19,8 @@ from myriad.checkpoint import CheckpointError
 from myriad.config import ConfigError, validate
 from myriad.data.store import Store, prepare
 from myriad.data.stream import Stream
-from myriad.models import Transformer
+from myriad.models import LanguageModel
+from myriad.models.transformer import Block
 from myriad.train.job import Job, read_state, restore
 from myriad.train.loop import Outcome, train
 from myriad.train.optim import build_optimizer
@@ -183,13 +184,12 @@ def _precision(run: RunConfig, device: torch.device, newest: Path | None) -> Pre
     return resolve_precision(run.train.precision, device)
 
 
-def _apply_run_time_choices(run: RunConfig, model: torch.nn.Module) -> None:
-    if not isinstance(model, Transformer):
-        return
+def _apply_run_time_choices(run: RunConfig, model: LanguageModel) -> None:
     model.activation_checkpointing = run.train.activation_checkpointing
     if run.train.compile:
-        for block in model.blocks:
-            block.compile()
+        for module in model.modules():
+            if isinstance(module, Block):
+                module.compile()
 
 
 def _record_session(job: Job) -> None:

@@ -1,0 +1,205 @@
+"""Figures as PNG: losses against tokens, and how evenly a model uses its experts.
+
+The only importer of matplotlib, through its object-oriented interface: no window, no global figure. Every figure
+comes in a light and a dark look, and with its panels side by side or stacked for narrow screens.
+"""
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from myriad.analysis.compare import Curve
+from myriad.analysis.routing import LayerUsage
+
+DPI = 160
+MAX_LEGEND = 8
+MAX_POINTS = 2000
+STEEP_SHARE = 0.04
+"""The first part of a run, in which the training loss may fall steeply."""
+STEEP_FALL = 1.25
+"""That fall is cut off if with it the training panel would have to be so much higher."""
+
+
+class Theme(NamedTuple):
+    """The colors of a figure; those of the runs are told apart by color-blind readers too."""
+
+    ink: str
+    faint: str
+    grid: str
+    paper: str
+    runs: tuple[str, str, str, str]
+    depths: tuple[float, float]
+    """The part of the color map that layers, shallow to deep, are drawn in."""
+
+
+LIGHT = Theme("#1f2933", "#616e7c", "#e4e7eb", "#ffffff", ("#0072b2", "#d55e00", "#009e73", "#aa4499"), (0.0, 0.82))
+DARK = Theme("#e4e7eb", "#9aa5b1", "#323f4b", "#171c22", ("#56b4e9", "#f0934e", "#3ccf9f", "#d99ac5"), (0.3, 1.0))
+
+
+def loss_curves(
+    curves: Sequence[Curve], path: str | Path | None = None, *, dark: bool = False, stacked: bool = False
+) -> bytes:
+    """Training loss and validation bits per byte against training tokens, one color for each run.
+
+    Args:
+        curves: the runs.
+        path: where to write the figure too.
+        dark: for a dark page.
+        stacked: one panel above the other, for narrow screens.
+
+    Returns:
+        A PNG.
+    """
+    theme = DARK if dark else LIGHT
+    figure = _new_figure(theme, stacked, panels=2)
+    training, validation = figure.subplots(*((2, 1) if stacked else (1, 2)))
+    _style(training, theme, "Training loss", "training tokens", "nats per token")
+    _style(validation, theme, "Validation", "training tokens", "bits per byte")
+    for index, curve in enumerate(curves):
+        look = _look(theme, index)
+        _draw_training(training, curve, look)
+        validation.plot(curve.validation_tokens, curve.validation_bits, label=curve.name, **look)
+    _limit_training(training, curves, theme)
+    for axes in (training, validation):
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.set_xlim(left=0)
+        _finish(axes, theme, "nothing recorded")
+    return _to_png(figure, path)
+
+
+def _look(theme: Theme, index: int) -> dict[str, Any]:
+    """How a run is drawn. A dashed line lets the run show on which it lies."""
+    color, dashes, marker = theme.runs[index % 4], ("-", (0, (3, 1.2)))[index % 2], "os^D"[index % 4]
+    return {"color": color, "linestyle": dashes, "marker": marker, "markersize": 4.5, "linewidth": 1.8}
+
+
+def _draw_training(axes: Axes, curve: Curve, look: dict[str, Any]) -> None:
+    """The running mean over the raw losses, which stay visible behind it."""
+    if not curve.train_tokens:
+        return
+    axes.plot(curve.train_tokens, curve.train_loss, color=look["color"], alpha=0.22, linewidth=0.8, zorder=1.5)
+    marker = look["marker"] if len(curve.train_tokens) == 1 else ""
+    smooth = running_mean(curve.train_loss)
+    axes.plot(curve.train_tokens, smooth, label=curve.name, **{**look, "marker": marker})
+
+
+def _limit_training(axes: Axes, curves: Sequence[Curve], theme: Theme) -> None:
+    """Where a steep fall at the start would flatten the rest, let the axis begin below it, and say so."""
+    values = np.concatenate([[], *(curve.train_loss for curve in curves)])
+    tails = np.concatenate([[], *(_without_start(curve.train_loss) for curve in curves)])
+    values, tails = values[np.isfinite(values)], tails[np.isfinite(tails)]
+    if len(tails) and values.max() - tails.min() > STEEP_FALL * np.ptp(tails):
+        axes.set_ylim(top=tails.max())
+        note = f"not shown: the fall from {values.max():.3g}"
+        axes.text(0.02, 0.02, note, transform=axes.transAxes, color=theme.faint, fontsize=8)
+
+
+def _without_start(losses: list[float]) -> list[float]:
+    return losses[math.ceil(STEEP_SHARE * len(losses)) :]
+
+
+def running_mean(values: Sequence[float]) -> np.ndarray:
+    """The mean over a centered window of about a twentieth of the values, those that are not finite left out.
+
+    NaN where the whole window has none. At both ends the window is cut off, so no value is shifted.
+    """
+    raw = np.asarray(values, dtype=np.float64)
+    finite = np.isfinite(raw)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, raw, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(finite)])
+    half = len(raw) // 40
+    first = np.maximum(np.arange(len(raw)) - half, 0)
+    last = np.minimum(np.arange(len(raw)) + half + 1, len(raw))
+    number = counts[last] - counts[first]
+    return np.where(number > 0, (sums[last] - sums[first]) / np.maximum(number, 1), np.nan)
+
+
+def expert_usage(
+    layers: Sequence[LayerUsage], path: str | Path | None = None, *, dark: bool = False, stacked: bool = False
+) -> bytes:
+    """How often each expert was drawn, experts sorted, one line a layer, beside what chance would show.
+
+    The share of draws is in multiples of the uniform share, so that layers of unequal sizes share the axes.
+
+    Args:
+        layers: of one model.
+        path: where to write the figure too.
+        dark: for a dark page.
+        stacked: for narrow screens.
+
+    Returns:
+        A PNG.
+    """
+    theme = DARK if dark else LIGHT
+    figure = _new_figure(theme, stacked, panels=1)
+    axes = figure.subplots()
+    _style(axes, theme, "Usage of experts", "rank of the expert, as a share of all experts", "draws / uniform share")
+    colors = matplotlib.colormaps["viridis"](np.linspace(*theme.depths, max(len(layers), 2)))
+    named = {round(index) for index in np.linspace(0, len(layers) - 1, min(len(layers), MAX_LEGEND))}
+    for index, layer in enumerate(layers):
+        label = layer.name if index in named else None
+        axes.plot(*_sorted_usage(layer.counts.numpy()), color=colors[index], linewidth=1.6, label=label)
+    if layers:
+        axes.set(xscale="log", yscale="log")
+        axes.axhline(1, color=theme.faint, linewidth=1, linestyle="--", label="uniform")
+        chance = _chance_counts(layers[0])
+        axes.plot(*_sorted_usage(chance), color=theme.faint, linewidth=1.2, linestyle=":", label="uniform draws")
+    _finish(axes, theme, "no routed layer")
+    return _to_png(figure, path)
+
+
+def _sorted_usage(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rank as a share of all experts, and draws in multiples of the uniform share; experts never drawn left out.
+
+    Of a large pool only as many ranks are kept as a logarithmic axis can show.
+    """
+    used = np.sort(counts[counts > 0])[::-1]
+    ranks = np.unique(np.geomspace(1, max(len(used), 1), MAX_POINTS).round().astype(np.int64))[: len(used)]
+    return ranks / len(counts), used[ranks - 1] * (len(counts) / max(counts.sum(), 1))
+
+
+def _chance_counts(layer: LayerUsage) -> np.ndarray:
+    """Counts of as many draws as a layer made, from a uniform distribution."""
+    return np.random.default_rng(0).multinomial(layer.draws, np.full(layer.experts, 1 / layer.experts))
+
+
+def _new_figure(theme: Theme, stacked: bool, panels: int) -> Figure:
+    size = (4.4, 0.4 + 2.9 * panels) if stacked else (9.0, 3.7)
+    return Figure(figsize=size, dpi=DPI, layout="constrained", facecolor=theme.paper)
+
+
+def _style(axes: Axes, theme: Theme, title: str, x_label: str, y_label: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11, color=theme.ink, fontweight="bold")
+    axes.set_xlabel(x_label, color=theme.faint)
+    axes.set_ylabel(y_label, color=theme.faint)
+    axes.set_facecolor(theme.paper)
+    axes.grid(True, color=theme.grid, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(which="both", colors=theme.faint, length=0)
+    axes.spines[:].set_visible(False)
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+
+
+def _finish(axes: Axes, theme: Theme, if_empty: str) -> None:
+    """The legend, or a word in place of an empty panel."""
+    if any(len(np.atleast_1d(line.get_xdata())) for line in axes.lines):
+        axes.legend(frameon=False, labelcolor=theme.ink, fontsize=9)
+    else:
+        axes.set(xticks=[], yticks=[])
+        axes.text(0.5, 0.5, if_empty, ha="center", va="center", transform=axes.transAxes, color=theme.faint)
+
+
+def _to_png(figure: Figure, path: str | Path | None) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", facecolor=figure.get_facecolor())
+    if path is not None:
+        Path(path).write_bytes(buffer.getvalue())
+    return buffer.getvalue()

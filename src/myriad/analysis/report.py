@@ -1,0 +1,242 @@
+"""One self-contained page on one or several trained runs: no script, nothing fetched, figures inside."""
+
+import base64
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+
+from myriad.analysis.compare import Contender, Curve, summary
+from myriad.analysis.plots import expert_usage, loss_curves
+from myriad.analysis.routing import LayerUsage
+from myriad.data.store import Store
+
+MISSING = "–"
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+class Sample(NamedTuple):
+    """Text that a model wrote."""
+
+    model: str
+    prompt: str
+    text: str
+    """What follows the prompt."""
+    settings: str
+    """How it was drawn: temperature, seed and the like."""
+
+
+class Picture(NamedTuple):
+    """A figure in its four looks, as data URIs, with a text for those who do not see it."""
+
+    wide: str
+    wide_dark: str
+    narrow: str
+    narrow_dark: str
+    alt: str
+
+
+class Row(NamedTuple):
+    """A line of the comparison: a value for every contender."""
+
+    label: str
+    unit: str
+    values: list[str]
+    decisive: bool = False
+
+
+def write_report(
+    path: str | Path,
+    *,
+    title: str,
+    contenders: Sequence[Contender],
+    curves: Sequence[Curve],
+    usages: Mapping[str, Sequence[LayerUsage]],
+    samples: Sequence[Sample],
+    corpus: Mapping[str, Any],
+    commands: Sequence[str],
+) -> None:
+    """Write a report as one HTML file, whole or not at all.
+
+    Args:
+        path: the file.
+        title: of the page.
+        contenders: the runs; the sentence at the top compares the first with each of the others.
+        curves: their losses.
+        usages: name of a run -> its routed layers. Runs without routed layers are left out.
+        samples: in the order in which they are shown.
+        corpus: from `describe_corpus`.
+        commands: which the reader types to make all of this again.
+    """
+    routed = {name: layers for name, layers in usages.items() if layers}
+    html = _template().render(
+        title=title,
+        verdicts=summary(contenders),
+        contenders=contenders,
+        rows=_comparison(contenders),
+        losses=_picture(loss_curves, curves, _describe_curves(curves)),
+        usages=[
+            (name, layers, _picture(expert_usage, layers, _describe_usage(layers))) for name, layers in routed.items()
+        ],
+        samples=samples,
+        corpus=corpus,
+        commands=commands,
+        origins=_origins(contenders),
+        date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(html, encoding="utf-8", errors="replace")  # a sample may hold half a surrogate pair
+    os.replace(temporary, path)
+
+
+def describe_corpus(store: Store) -> dict[str, Any]:
+    """What a report says about its corpus: source, tokenizer, and each split's counts and hash."""
+    index = store.index
+    splits = {
+        name: {field: getattr(split, field) for field in ("documents", "tokens", "words", "bytes", "sha256")}
+        for name, split in index.splits.items()
+    }
+    return {
+        "source": index.source,
+        "source_sha256": index.source_sha256,
+        "tokenizer_sha256": index.tokenizer_sha256,
+        "vocab_size": index.vocab_size,
+        "splits": splits,
+    }
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "number": number,
+        "whole": whole,
+        "percent": percent,
+        "visible": visible,
+    }
+    return environment.from_string(files("myriad.analysis").joinpath("report.html.jinja").read_text("utf-8"))
+
+
+def number(value: float | None) -> str:
+    """Four significant digits; a dash for what is not there or not finite."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    mantissa, exponent = f"{value:.3e}".split("e")
+    power = int(exponent)
+    if value and not -3 <= power < 6:
+        return f"{mantissa} × 10{str(power).translate(SUPERSCRIPTS)}"
+    return f"{value:,.{max(3 - power, 0)}f}" if value else "0"
+
+
+def whole(value: float | None) -> str:
+    """A count with thousands separated."""
+    return MISSING if value is None else f"{value:,.0f}"
+
+
+def percent(share: float) -> str:
+    """A share; one that is not quite all or nothing never reads as 100 % or 0 %."""
+    text = f"{100 * share:.1f}"
+    if text == "100.0" and share < 1:
+        return "> 99.9 %"
+    if text == "0.0" and share > 0:
+        return "< 0.1 %"
+    return f"{text} %"
+
+
+def duration(seconds: float | None) -> str:
+    """Hours, minutes and seconds, as far as they matter."""
+    if seconds is None:
+        return MISSING
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def visible(text: str) -> str:
+    """Text whose control characters are shown as signs: a browser drops or changes them. Tabs and lines stay."""
+    signs = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
+    return text.translate(signs | {0x7F: 0x2421})
+
+
+def _comparison(contenders: Sequence[Contender]) -> list[Row]:
+    def row(label: str, unit: str, show: Callable[[Any], str], value: Callable[[Contender], Any], **options) -> Row:
+        return Row(label, unit, [show(value(run)) for run in contenders], **options)
+
+    return [
+        row("Parameters", "total", whole, lambda run: run.cost.parameters),
+        row("Active parameters", "per token", whole, lambda run: run.cost.active_parameters),
+        row("FLOPs", "per token, forward", whole, lambda run: run.cost.flops),
+        row("Training tokens", "", whole, lambda run: run.training_tokens),
+        row("Speed", "tokens/s, median of the steps", whole, lambda run: run.tokens_per_second),
+        row("Training time", "without validation", duration, lambda run: run.seconds),
+        row("Best validation loss", "nats per token", number, lambda run: run.best_validation_loss),
+        row("Held-out loss", "nats per token", number, lambda run: run.perplexity.loss),
+        row("Token perplexity", "held-out", number, lambda run: run.perplexity.token_perplexity),
+        row("Word perplexity", "held-out", number, lambda run: run.perplexity.word_perplexity),
+        row("Bits per byte", "held-out", number, lambda run: run.perplexity.bits_per_byte, decisive=True),
+        row("Evaluated on", "split", str, lambda run: run.split),
+        row("Targets", "each counted once", whole, lambda run: run.perplexity.tokens),
+        row("Context", "tokens of a window", whole, lambda run: run.perplexity.context),
+        row("Stride", "tokens between windows", whole, lambda run: run.perplexity.stride),
+    ]
+
+
+def _origins(contenders: Sequence[Contender]) -> list[Row]:
+    """On what the runs were made; where the sessions of one run differ, all that they recorded."""
+
+    def row(label: str, show: Callable[[dict[str, Any]], Any]) -> Row:
+        return Row(label, "", [_distinct(show(session) for session in run.sessions) for run in contenders])
+
+    def versions(session: dict[str, Any]) -> str:
+        return ", ".join(f"{name} {version}" for name, version in session.get("versions", {}).items())
+
+    return [
+        Row("Config", "digest", [run.digest for run in contenders]),
+        Row("Seed", "", [str(run.run.seed) for run in contenders]),
+        Row("Sessions", "", [str(len(run.sessions)) for run in contenders]),
+        row("Started", lambda session: session.get("time")),
+        row("Hardware", lambda session: session.get("device")),
+        row("Threads", lambda session: session.get("threads")),
+        row("Precision", lambda session: session.get("precision")),
+        row("Kernels", lambda session: _flat(session.get("kernels"))),
+        row("Versions", versions),
+    ]
+
+
+def _distinct(values: Any) -> str:
+    return "; ".join(dict.fromkeys(str(value) for value in values if value)) or MISSING
+
+
+def _flat(value: Any) -> Any:
+    """A mapping as words; kernels may be one name or one for every op."""
+    return ", ".join(f"{key}: {name}" for key, name in value.items()) if isinstance(value, Mapping) else value
+
+
+def _picture(draw: Callable[..., bytes], content: Sequence[Any], alt: str) -> Picture:
+    def look(stacked: bool, dark: bool) -> str:
+        return f"data:image/png;base64,{base64.b64encode(draw(content, stacked=stacked, dark=dark)).decode()}"
+
+    return Picture(look(False, False), look(False, True), look(True, False), look(True, True), alt)
+
+
+def _describe_curves(curves: Sequence[Curve]) -> str:
+    parts = ["Training loss and validation bits per byte against training tokens."]
+    for curve in curves:
+        bits = [value for value in curve.validation_bits if math.isfinite(value)]
+        if bits:
+            parts.append(f"{curve.name}: validation from {number(bits[0])} to {number(bits[-1])} bits per byte.")
+    return " ".join(parts)
+
+
+def _describe_usage(layers: Sequence[LayerUsage]) -> str:
+    parts = [f"{layer.name}: {percent(layer.share_used)} of {layer.experts:,} experts used" for layer in layers]
+    return f"Sorted usage of the experts of each layer. {'; '.join(parts)}."

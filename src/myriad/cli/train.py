@@ -1,0 +1,59 @@
+"""`myriad train`: a preset, a config file or a run folder in, a run folder out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from myriad.train import RunConfig
+
+
+def train(
+    target: str = typer.Argument(metavar="PRESET|CONFIG.yaml|RUN", help="What to train."),
+    overrides: list[str] = typer.Argument(
+        None, metavar="[key.path=value ...]", help="Settings to change, such as budget.steps=1000 or out=runs/a."
+    ),
+    resume: bool = typer.Option(False, "--resume", help="Continue the run from its newest intact checkpoint."),
+    kernels: str = typer.Option(None, help="auto, reference, ...; default: as before when resuming, else auto."),
+    quiet: bool = typer.Option(False, "--quiet", help="Show no progress."),
+) -> None:
+    """Train a model. Ctrl-C or SIGTERM finishes the step, saves, and says how to go on."""
+    from myriad.train import fit
+    from myriad.train.record import Silent, Terminal
+
+    run, name = resolve_run(target, overrides or [])
+    out = Path(run.out or f"runs/{name}")
+    display = Silent() if quiet else Terminal(name)
+    outcome = fit(run, out, resume=resume, kernel=kernels, display=display)
+    if outcome.finished:
+        best = "" if outcome.best_loss is None else f", best validation loss {outcome.best_loss:.4f}"
+        typer.echo(f"{out}: finished after step {outcome.step} ({outcome.reason}){best}")
+    else:
+        typer.echo(f"{out}: saved ({outcome.reason}); to continue: myriad train {out} --resume")
+
+
+def resolve_run(target: str, overrides: list[str]) -> tuple[RunConfig, str]:
+    """The settings that a word on the command line names, with overrides applied, and a name for them.
+
+    Raises:
+        ConfigError: neither a preset nor a file nor a run folder, or settings that cannot be.
+    """
+    from myriad import presets
+    from myriad.config import ConfigError, load_yaml, nearest
+    from myriad.train import with_overrides
+
+    path = Path(target)
+    if path.is_dir():
+        raw = load_yaml(path / "run.json")
+        raw["out"] = target
+        return with_overrides(raw, overrides), path.name
+    if path.suffix in (".yaml", ".yml", ".json") or path.is_file():
+        return with_overrides(load_yaml(path), overrides), path.stem
+    if target in presets.names():
+        return with_overrides(presets.get(target).model_dump(mode="json"), overrides), target
+    known = presets.names()
+    hint = nearest(target, known)
+    raise ConfigError(f"'{target}': neither a preset, a file nor a run folder{hint} (presets: {', '.join(known)})")

@@ -1,0 +1,35 @@
+"""The demo: a small PEER model and its dense twin on the Python standard library's own sources.
+
+Small enough for two CPU cores and a few minutes each.
+"""
+
+from myriad.ffn import FFNConfig, PEERConfig
+from myriad.models import TransformerConfig
+from myriad.presets.twins import dense_twin
+from myriad.train.optim import OptimConfig
+from myriad.train.run import BatchConfig, BudgetConfig, DataConfig, EvaluationConfig, RunConfig
+
+D_MODEL = 192
+PEER = PEERConfig(experts=64**2, heads=4, experts_per_head=16, d_key=32)
+
+
+def _run(ffns: dict[str, FFNConfig]) -> RunConfig:
+    (name,) = ffns
+    return RunConfig(
+        model=TransformerConfig(context=256, layers=4, d_model=D_MODEL, heads=6, ffns=ffns, pattern=[name]),
+        data=DataConfig(source="python", tokenizer="bpe:4096"),
+        optim=OptimConfig(lr=3e-3, table_lr=3e-3, warmup=40, final_lr=0.05),
+        budget=BudgetConfig(tokens=1_500_000),
+        batch=BatchConfig(tokens=4096),
+        evaluation=EvaluationConfig(every=60, tokens=16_384),
+    )
+
+
+def peer() -> RunConfig:
+    """A small PEER model on the Python standard library's own sources, for two CPU cores."""
+    return _run({"peer": PEER})
+
+
+def dense() -> RunConfig:
+    """The dense twin of demo-peer: equal FLOPs per token."""
+    return _run({"dense": dense_twin(PEER, D_MODEL)})

@@ -1,0 +1,85 @@
+import math
+import struct
+
+import numpy as np
+import pytest
+import torch
+
+from myriad.analysis.compare import Curve
+from myriad.analysis.plots import expert_usage, loss_curves, running_mean
+from myriad.analysis.routing import LayerUsage
+
+CURVES = [
+    Curve("PEER", [64 * step for step in range(1, 101)], [6 / step**0.5 for step in range(1, 101)], [3200], [1.7]),
+    Curve("dense", [64], [6.0], [], []),
+]
+
+
+def size(png):
+    """Width and height in pixels, from a PNG's first chunk."""
+    assert png.startswith(b"\x89PNG\r\n\x1a\n")
+    return struct.unpack(">II", png[16:24])
+
+
+def layer(counts, name="block 0"):
+    counts = torch.tensor(counts)
+    return LayerUsage(name, 10, counts, counts.double(), float(counts.sum()))
+
+
+def test_a_figure_is_a_png_and_is_written_where_asked(tmp_path):
+    png = loss_curves(CURVES, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes() == png
+    width, height = size(png)
+    assert width >= 900
+    assert height < width
+
+
+def test_looks_differ():
+    looks = {loss_curves(CURVES, dark=dark, stacked=stacked) for dark in (False, True) for stacked in (False, True)}
+    assert len(looks) == 4
+    width, height = size(loss_curves(CURVES, stacked=True))
+    assert height > width
+
+
+@pytest.mark.parametrize(
+    "curves",
+    [
+        [],
+        [Curve("empty", [], [], [], [])],
+        [Curve("one", [64], [3.0], [64], [2.0])],
+        [Curve("broken", [64, 128], [math.nan, math.nan], [128], [math.nan])],
+        [Curve("gap", [64, 128, 192], [3.0, math.nan, 2.0], [64, 192], [2.0, math.nan])],
+        [Curve("infinite", [64, 128], [math.inf, 2.0], [], [])],
+        CURVES * 5,
+    ],
+)
+def test_odd_curves_can_be_drawn(curves):
+    size(loss_curves(curves))
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [],
+        [layer([1, 0, 5, 2]), layer([1] * 9, "block 1")],
+        [layer([0, 0, 0, 0])],
+        [layer([3, index, 0], f"block {index}") for index in range(20)],
+    ],
+)
+def test_usage_can_be_drawn(layers, tmp_path):
+    png = expert_usage(layers, tmp_path / "usage.png")
+    assert size(png)[0] >= 900
+    assert (tmp_path / "usage.png").read_bytes() == png
+
+
+def test_the_running_mean_of_a_line_is_the_line():
+    values = np.linspace(5, 1, 800)
+    assert np.allclose(running_mean(values)[20:-20], values[20:-20])
+
+
+def test_the_running_mean_leaves_out_what_is_not_finite():
+    values = np.full(400, 2.0)
+    values[[50, 51, 300]] = math.nan, math.inf, -math.inf
+    assert np.allclose(running_mean(values), 2.0)
+    assert np.isnan(running_mean([math.nan, 1.0])).tolist() == [True, False]
+    assert len(running_mean([])) == 0

@@ -1,0 +1,218 @@
+import json
+import math
+import os
+import signal
+import threading
+
+import pytest
+import torch
+
+from conftest import tiny_model, tiny_run
+from myriad import checkpoint
+from myriad.config import ConfigError, RunError
+from myriad.evaluate import evaluate
+from myriad.ffn import DenseConfig, PEERConfig
+from myriad.models import Transformer
+from myriad.train import fit
+from myriad.train.loop import due
+from myriad.train.record import CLOCK_FIELDS, Silent, read_records
+from myriad.train.run import BatchConfig, BudgetConfig, CheckpointConfig, EarlyStoppingConfig, TrainConfig
+
+
+def records(folder, kind: str | None = None) -> list[dict]:
+    found = [
+        {name: value for name, value in record.items() if name not in CLOCK_FIELDS}
+        for record in read_records(folder / "metrics.jsonl")
+    ]
+    return [record for record in found if kind in (None, record["kind"])]
+
+
+def same_weights(one, other) -> bool:
+    return (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+
+
+def test_due():
+    assert [step for step in range(1, 11) if due(step, 4, 10)] == [4, 8, 10]
+
+
+def test_a_run_learns_and_leaves_a_whole_folder(store, tmp_path):
+    run = tiny_run(store, budget=BudgetConfig(steps=60))
+    outcome = fit(run, tmp_path / "run")
+    assert outcome.finished
+    train, validation = records(tmp_path / "run", "train"), records(tmp_path / "run", "validation")
+    assert [record["step"] for record in train] == list(range(1, 61))
+    assert [record["step"] for record in validation] == list(range(4, 61, 4))
+    assert train[0]["loss"] == pytest.approx(math.log(257), rel=0.05)
+    assert validation[-1]["loss"] < 0.6 * train[0]["loss"]
+    model = checkpoint.load(tmp_path / "run")
+    best = min(record["loss"] for record in validation)
+    found = evaluate(model, [store.split("validation")], end_id=256, stride=32, limit=512)
+    assert found.loss == pytest.approx(best, rel=1e-6) == outcome.best_loss
+    session = json.loads((tmp_path / "run" / "sessions.jsonl").read_text())
+    assert session["config"] == run.model_copy(update={"model": model.config}).digest()
+    assert session["data"]["train"] == store.split("train").sha256
+
+
+def test_the_same_run_gives_the_same_numbers_and_another_seed_does_not(store, tmp_path):
+    for name, seed in [("a", 0), ("b", 0), ("c", 1)]:
+        fit(tiny_run(store, seed=seed), tmp_path / name)
+    assert records(tmp_path / "a") == records(tmp_path / "b")
+    assert same_weights(tmp_path / "a", tmp_path / "b")
+    assert records(tmp_path / "a") != records(tmp_path / "c")
+
+
+def test_micro_batches_change_nothing_but_rounding(store, tmp_path):
+    model = tiny_model(ffns={"d": DenseConfig()}, pattern=["d"])  # PEER's batch norm sees micro-batches
+    for name, micro in [("whole", None), ("split", 64)]:
+        fit(tiny_run(store, model=model, batch=BatchConfig(tokens=256, micro_tokens=micro)), tmp_path / name)
+    for one, other in zip(records(tmp_path / "whole"), records(tmp_path / "split"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"activation_checkpointing": True}, {"compile": True}])
+def test_run_time_choices_change_nothing_but_rounding(store, tmp_path, options):
+    sparse = tiny_model(ffns={"p": PEERConfig(experts=64**2, heads=2, experts_per_head=2, d_key=8)}, pattern=["p"])
+    run = tiny_run(store, budget=BudgetConfig(steps=3), model=sparse)
+    fit(run, tmp_path / "plain")
+    fit(run.model_copy(update={"train": TrainConfig(precision="float32", **options)}), tmp_path / "other")
+    for one, other in zip(records(tmp_path / "plain"), records(tmp_path / "other"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+def test_more_than_k_squared_experts_are_used_in_training(store, tmp_path):
+    """The error of a published implementation: at most k * k experts were ever gathered."""
+    peer = PEERConfig(experts=32**2, heads=2, experts_per_head=2, d_key=8)
+    fit(tiny_run(store, model=tiny_model(ffns={"p": peer}, pattern=["p"])), tmp_path / "run")
+    fresh = tiny_run(store, model=tiny_model(ffns={"p": peer}, pattern=["p"], vocab_size=257))
+    torch.manual_seed(fresh.seed)
+    before, after = fresh.model.build(), checkpoint.load(tmp_path / "run")
+    for one, other in zip(before.blocks, after.blocks, strict=True):
+        moved = (one.ffn.experts_up != other.ffn.experts_up).any(dim=1).sum().item()
+        assert moved > 20 * 2**2
+
+
+class StopsAfter(Silent):
+    """A display that sends this process a signal after a step, as a user would."""
+
+    def __init__(self, step: int, number: signal.Signals) -> None:
+        self.step, self.number = step, number
+
+    def show(self, record) -> None:
+        if record["kind"] == "train" and record["step"] == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_signal_saves_and_resuming_changes_nothing(store, tmp_path, number, dropout):
+    run = tiny_run(store, model=tiny_model(dropout=dropout))
+    fit(run, tmp_path / "whole")
+    stopped = fit(run, tmp_path / "stopped", display=StopsAfter(6, number))
+    assert not stopped.finished
+    assert stopped.step == 6
+    assert f"{number.name} at step 6" in stopped.reason
+    assert fit(run, tmp_path / "stopped", resume=True).finished
+    assert records(tmp_path / "whole") == records(tmp_path / "stopped")
+    assert same_weights(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_signals_are_left_alone_outside_the_main_thread(store, tmp_path):
+    outcomes = []
+    thread = threading.Thread(target=lambda: outcomes.append(fit(tiny_run(store), tmp_path / "run")))
+    thread.start()
+    thread.join()
+    assert outcomes[0].finished
+
+
+def test_early_stopping(store, tmp_path):
+    patient = EarlyStoppingConfig(patience=2, min_delta=100.0)
+    outcome = fit(tiny_run(store, early_stopping=patient, budget=BudgetConfig(steps=40)), tmp_path / "run")
+    assert outcome.finished
+    assert outcome.step == 12
+    assert outcome.reason == "early stop"
+    index = json.loads((tmp_path / "run" / "index.json").read_text())
+    assert index["checkpoint"] == index["best"] == "00000004"
+    assert (
+        fit(tiny_run(store, early_stopping=patient, budget=BudgetConfig(steps=40)), tmp_path / "run", resume=True).step
+        == 12
+    )
+
+
+def test_best_and_newest_checkpoints_are_kept(store, tmp_path):
+    run = tiny_run(store, budget=BudgetConfig(steps=20), checkpoint=CheckpointConfig(every=5, keep=2))
+    fit(run, tmp_path / "run")
+    kept = [folder.name for folder in checkpoint.list_checkpoints(tmp_path / "run")]
+    assert kept[-1] == "00000020"
+    assert len(kept) <= 3
+
+
+def test_a_loss_that_is_not_finite_is_skipped_counted_and_stops_the_run(store, tmp_path, monkeypatch):
+    plain = Transformer.forward
+
+    def explosive(self, ids, **options):
+        output = plain(self, ids, **options)
+        return output._replace(loss=output.loss * float("nan")) if self.training else output
+
+    fit(tiny_run(store, budget=BudgetConfig(steps=4)), tmp_path / "run")
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    monkeypatch.setattr(Transformer, "forward", explosive)
+    run = tiny_run(store, budget=BudgetConfig(steps=40), train=TrainConfig(precision="float32", max_skipped=3))
+    with pytest.raises(RunError, match="not finite in 3 updates in a row"):
+        fit(run, tmp_path / "run", resume=True)
+    assert [record["skipped"] for record in records(tmp_path / "run", "train")] == [0, 0, 0, 0, 1, 2, 3]
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+
+
+def test_one_bad_gradient_only_skips_its_update(store, tmp_path, monkeypatch):
+    plain, calls = Transformer.after_step, []
+    monkeypatch.setattr(Transformer, "after_step", lambda self, loads: (calls.append(1), plain(self, loads)))
+    from myriad.train import loop
+
+    clip = loop.clip_gradients
+    steps = iter(range(1, 100))
+
+    def poisoned(parameters, largest):
+        norm = clip(parameters, largest)
+        return norm * float("inf") if next(steps) == 3 else norm
+
+    monkeypatch.setattr(loop, "clip_gradients", poisoned)
+    assert fit(tiny_run(store), tmp_path / "run").finished
+    assert records(tmp_path / "run", "train")[-1]["skipped"] == 1
+    assert len(calls) == 11
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(store, tmp_path):
+    fit(tiny_run(store), tmp_path / "run")
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    with pytest.raises(ConfigError, match="already holds a run; --resume"):
+        fit(tiny_run(store), tmp_path / "run")
+    other = tiny_run(store, optim=tiny_run(store).optim.model_copy(update={"lr": 0.5}))
+    with pytest.raises(ConfigError, match=r"optim: not as in the run .*lr: 0.5 instead of 0.01"):
+        fit(other, tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_a_finished_run_goes_on_with_a_larger_budget(store, tmp_path):
+    fit(tiny_run(store), tmp_path / "run")
+    outcome = fit(tiny_run(store, budget=BudgetConfig(steps=16)), tmp_path / "run", resume=True)
+    assert outcome.step == 16
+    assert [record["step"] for record in records(tmp_path / "run", "train")] == list(range(1, 17))
+
+
+def test_a_source_is_prepared_beside_the_run(store, tmp_path, text):
+    from myriad.train.run import DataConfig
+
+    (tmp_path / "text.txt").write_text(text)
+    data = DataConfig(source=str(tmp_path / "text.txt"), tokenizer="bpe:300")
+    settings = tiny_run(store, data=data, budget=BudgetConfig(steps=2))
+    assert settings.model.vocab_size == 300
+    assert fit(settings, tmp_path / "runs" / "one").finished
+    assert len(list((tmp_path / "runs" / "data").iterdir())) == 1
+    assert fit(settings, tmp_path / "runs" / "two").finished
+    assert len(list((tmp_path / "runs" / "data").iterdir())) == 1
+
+
+def test_a_vocabulary_that_does_not_fit_is_refused(store, tmp_path):
+    with pytest.raises(ConfigError, match=r"model.vocab_size: 100, but .* has a vocabulary of 257"):
+        fit(tiny_run(store, model=tiny_model(vocab_size=100)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

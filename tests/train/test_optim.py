@@ -1,0 +1,128 @@
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+
+from conftest import tiny_model
+from myriad.ffn import PEERConfig
+from myriad.models import build
+from myriad.train.optim import (
+    OptimConfig,
+    build_optimizer,
+    clip_gradients,
+    optimizer_state,
+    restore_optimizer,
+)
+
+
+def step_of(layer, optimizer, seed: int) -> None:
+    torch.manual_seed(seed)
+    layer(torch.randn(8, 16)).y.square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def sparse_layer():
+    torch.manual_seed(0)
+    # 8 tokens x 8 experts of 1,024: the tables' gradients are sparse.
+    return PEERConfig(experts=1024, heads=2, experts_per_head=4, d_key=8).build(16)
+
+
+def test_a_whole_layer_equals_adamw_and_sparse_adam():
+    mine, theirs = sparse_layer(), sparse_layer()
+    optimizer = build_optimizer(mine, lr=1e-2, table_lr=3e-2, weight_decay=0.1)
+    tables = [p for name, p in theirs.named_parameters() if name.startswith("experts")]
+    matrices = [theirs.queries.proj.weight, theirs.keys]
+    vectors = [p for p in theirs.parameters() if not any(p is other for other in (*tables, *matrices))]
+    adamw = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0}], lr=1e-2, betas=(0.9, 0.95)
+    )
+    sparse = torch.optim.SparseAdam(tables, lr=3e-2, betas=(0.9, 0.95))
+    for seed in range(4):
+        step_of(mine, optimizer, seed)
+        torch.manual_seed(seed)
+        theirs(torch.randn(8, 16)).y.square().sum().backward()
+        assert all(table.grad.is_sparse for table in tables)
+        for other in (adamw, sparse):
+            other.step()
+            other.zero_grad()
+    for (name, one), other in zip(mine.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-6), name
+
+
+def test_unused_rows_stay_bit_for_bit():
+    layer = sparse_layer()
+    before = layer.experts_up.detach().clone()
+    used = layer(torch.randn(8, 16), with_routing=True).routing[0].ids.unique()
+    torch.manual_seed(7)
+    x = torch.randn(8, 16)
+    used = layer(x, with_routing=True).routing[0].ids.unique()
+    layer(x).y.square().sum().backward()
+    build_optimizer(layer, lr=1e-2).step()
+    moved = (layer.experts_up != before).any(dim=1).nonzero().squeeze(1)
+    assert torch.equal(moved, used)
+
+
+def test_groups_follow_the_roles():
+    model = build(tiny_model(vocab_size=50))
+    optimizer = build_optimizer(model, lr=1e-3, table_lr=5e-3)
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    groups = {group["role"]: group for group in optimizer.param_groups}
+    assert groups["table"]["lr"] == 5e-3
+    assert groups["table"]["weight_decay"] == groups["vector"]["weight_decay"] == 0
+    assert groups["matrix"]["weight_decay"] > 0
+    assert sum(len(group["params"]) for group in groups.values()) == len(list(model.parameters()))
+    optimizer.scale_lr(0.5)
+    assert (groups["table"]["lr"], groups["matrix"]["lr"]) == (2.5e-3, 5e-4)
+
+
+def test_clipping_takes_one_norm_over_dense_and_sparse():
+    layer = sparse_layer()
+    layer(torch.randn(8, 16)).y.square().sum().backward()
+    layer.experts_up.grad = layer.experts_up.grad + layer.experts_up.grad  # uncoalesced, as accumulation leaves it
+    dense = [p.grad.to_dense().clone() for p in layer.parameters()]
+    norm = math.sqrt(sum(g.square().sum().item() for g in dense))
+    assert clip_gradients(layer.parameters(), norm / 2).item() == pytest.approx(norm, rel=1e-5)
+    for parameter, before in zip(layer.parameters(), dense, strict=True):
+        assert torch.allclose(parameter.grad.to_dense(), before / 2, rtol=1e-4)
+    assert clip_gradients(layer.parameters(), norm).item() == pytest.approx(norm / 2, rel=1e-4)
+
+
+def test_a_norm_that_is_not_finite_changes_nothing():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    parameter.grad = torch.tensor([1.0, math.nan, 2.0])
+    assert clip_gradients([parameter], 1.0).isnan()
+    assert parameter.grad[0] == 1
+
+
+def test_state_survives():
+    layer = sparse_layer()
+    optimizer = build_optimizer(layer, lr=1e-2)
+    step_of(layer, optimizer, 0)
+    names = {parameter: name for name, parameter in layer.named_parameters()}
+    saved = copy.deepcopy(optimizer_state(optimizer, names))
+    other = sparse_layer()
+    other.load_state_dict(layer.state_dict())
+    restored = build_optimizer(other, lr=1e-2)
+    restore_optimizer(restored, {parameter: name for name, parameter in other.named_parameters()}, saved)
+    step_of(layer, optimizer, 1)
+    step_of(other, restored, 1)
+    assert all(torch.equal(one, two) for one, two in zip(layer.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
+def test_schedules(schedule):
+    config = OptimConfig(schedule=schedule, warmup=10, final_lr=0.1, decay=0.2)
+    course = [config.scale(step, 100) for step in range(100)]
+    assert course[:10] == [pytest.approx((step + 1) / 10) for step in range(10)]
+    assert course[10] == pytest.approx(1)
+    assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(course[10:]))
+    if schedule == "constant":
+        assert course[-1] == 1
+    else:
+        assert course[-1] == pytest.approx(0.1, abs=0.06)
+    if schedule == "wsd":
+        assert course[79] == 1
+        assert course[90] == pytest.approx(0.1 + 0.9 * 0.5)
