@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as the command line does, before torch is loaded
+
 import pytest
 import torch
 

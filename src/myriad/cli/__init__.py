@@ -4,6 +4,7 @@ A fault that the user can mend is one line on stderr and exit code 2; a fault du
 """
 
 import importlib
+import os
 import sys
 
 import typer
@@ -54,6 +55,9 @@ def _import_users_module(module: str) -> None:
 
 def main() -> None:
     """Run the command line."""
+    # Read by OpenMP when torch is loaded. Threads that spin long while they wait make a run several times slower
+    # where it shares its cores with other work; a short spin costs nothing measurable where it does not.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     try:
         app()
     except Exception as error:

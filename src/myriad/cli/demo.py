@@ -83,9 +83,11 @@ def _report(out: Path, folders: dict[str, Path], commands: list[str]) -> None:
 
 
 def _held_out(folder: Path) -> Perplexity:
+    from myriad.checkpoint import load
     from myriad.cli.evaluate import measure_run
 
-    return measure_run(folder, split=HELD_OUT, show_progress=True)[0]
+    context = load(folder).config.context
+    return measure_run(folder, split=HELD_OUT, stride=context, show_progress=True)[0]
 
 
 def _say(contender: Contender) -> None:

@@ -33,8 +33,8 @@ def bag_dot(table_ND: Tensor, ids_MA: Tensor, x_MD: Tensor) -> Tensor:
     return dots.view(bags, size)
 
 
-def distinct_row_sums(ids_MA: Tensor, weights_MA: Tensor, x_MD: Tensor) -> tuple[Tensor, Tensor]:
-    """For every distinct id n, the sum over its entries of weights[m, a] * x[m].
+def distinct_row_sums(rows: int, ids_MA: Tensor, weights_MA: Tensor, x_MD: Tensor) -> tuple[Tensor, Tensor]:
+    """For every distinct id n < rows, the sum over its entries of weights[m, a] * x[m].
 
     The gradient of a table: entries are sorted by id, so that each row is one bag of tokens and is written
     once. The sort is stable: the same input gives the same bits.
@@ -45,7 +45,7 @@ def distinct_row_sums(ids_MA: Tensor, weights_MA: Tensor, x_MD: Tensor) -> tuple
     flat = ids_MA.reshape(-1)
     if flat.numel() == 0:
         return flat, x_MD.new_zeros(0, x_MD.shape[1])
-    ordered, order = torch.sort(flat, stable=True)
+    ordered, order = torch.sort(flat.to(_narrowest(rows)), stable=True)
     ids_U, counts_U = torch.unique_consecutive(ordered, return_counts=True)
     starts_U = counts_U.cumsum(0) - counts_U
     rows_UD = F.embedding_bag(
@@ -55,10 +55,15 @@ def distinct_row_sums(ids_MA: Tensor, weights_MA: Tensor, x_MD: Tensor) -> tuple
         per_sample_weights=weights_MA.to(x_MD.dtype).reshape(-1)[order],
         mode="sum",
     )
-    return ids_U, rows_UD
+    return ids_U.long(), rows_UD
+
+
+def _narrowest(rows: int) -> torch.dtype:
+    """The smallest integers that hold the ids of so many rows: fewer bytes to sort."""
+    return torch.int16 if rows <= 2**15 else torch.int32 if rows <= 2**31 else torch.int64
 
 
 def row_sums(rows: int, ids_MA: Tensor, weights_MA: Tensor, x_MD: Tensor) -> Tensor:
     """`distinct_row_sums` spread over a whole table of shape (rows, D), zero where no entry points."""
-    ids_U, sums_UD = distinct_row_sums(ids_MA, weights_MA, x_MD)
+    ids_U, sums_UD = distinct_row_sums(rows, ids_MA, weights_MA, x_MD)
     return x_MD.new_zeros(rows, x_MD.shape[1]).index_copy_(0, ids_U, sums_UD)

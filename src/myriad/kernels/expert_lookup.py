@@ -166,7 +166,7 @@ def _reference_backward(
     def table_gradient(coefficients_TA: Tensor, source_TD: Tensor) -> tuple[Tensor, Tensor]:
         source_TD = source_TD.to(down.dtype)
         if sparse:
-            return distinct_row_sums(ids, coefficients_TA, source_TD)
+            return distinct_row_sums(len(down), ids, coefficients_TA, source_TD)
         return ids.new_empty(0), row_sums(len(down), ids, coefficients_TA, source_TD)
 
     rows_U, grad_down = table_gradient(grad_down_dots_TA, x)

@@ -18,10 +18,10 @@ def _run(ffns: dict[str, FFNConfig]) -> RunConfig:
     return RunConfig(
         model=TransformerConfig(context=256, layers=4, d_model=D_MODEL, heads=6, ffns=ffns, pattern=[name]),
         data=DataConfig(source="python", tokenizer="bpe:4096"),
-        optim=OptimConfig(lr=3e-3, table_lr=3e-3, warmup=40, final_lr=0.05),
-        budget=BudgetConfig(tokens=1_500_000),
-        batch=BatchConfig(tokens=4096),
-        evaluation=EvaluationConfig(every=60, tokens=16_384),
+        optim=OptimConfig(lr=3e-3, table_lr=3e-3, warmup=30, final_lr=0.05),
+        budget=BudgetConfig(tokens=450_000),
+        batch=BatchConfig(tokens=2048),
+        evaluation=EvaluationConfig(every=50, tokens=16_384),
     )
 
 
