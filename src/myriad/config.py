@@ -15,7 +15,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, LiteralString, TypeVar
 
 import yaml
 from pydantic import (
@@ -52,7 +52,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
-def _fault(kind: str, message: str, at: tuple[str | int, ...], value: object) -> InitErrorDetails:
+def _fault(kind: LiteralString, message: str, at: tuple[str | int, ...], value: object) -> InitErrorDetails:
     """One line of a ValidationError, with braces kept from being read as a template."""
     return InitErrorDetails(type=PydanticCustomError(kind, "{text}", {"text": message}), loc=at, input=value)
 
@@ -250,20 +250,19 @@ def _set(tree: Any, path: str, value: Any) -> None:
     keys = path.split(".")
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
+        place: Any = key
         if isinstance(tree, list):
-            if not key.isdigit() or int(key) >= len(tree):
+            if not key.isdecimal() or int(key) >= len(tree):
                 raise ConfigError(f"{path}: '{key}' is not an index into a list of {len(tree)}")
-            key = int(key)
+            place = int(key)
         elif not isinstance(tree, dict):
             raise ConfigError(f"{path}: {'.'.join(keys[:depth])} is a plain value and holds no '{key}'")
         if last:
-            tree[key] = value
-        elif isinstance(tree, dict):
-            if tree.get(key) is None:
-                tree[key] = {}
-            tree = tree[key]
+            tree[place] = value
         else:
-            tree = tree[key]
+            if isinstance(tree, dict) and tree.get(place) is None:
+                tree[place] = {}
+            tree = tree[place]
 
 
 def json_schema(config_class: type[Config]) -> dict[str, Any]:

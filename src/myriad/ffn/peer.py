@@ -117,9 +117,11 @@ class PEER(FFN):
         self.queries.after_step(load)
 
     def roles(self) -> dict[str, Role]:
-        roles: dict[str, Role] = {name: "vector" for name, _ in self.named_parameters()}
-        roles |= {name: "table" for name in roles if name.startswith("experts_")}
-        return roles | {"queries.proj.weight": "matrix", "keys": "matrix"}
+        matrices = ("queries.proj.weight", "keys")
+        return {
+            name: "table" if name.startswith("experts_") else "matrix" if name in matrices else "vector"
+            for name, _ in self.named_parameters()
+        }
 
 
 def _table(experts: int, d_model: int) -> nn.Parameter:

@@ -1,6 +1,6 @@
 """Several feed-forward layers one after the other in one block, each on the residual stream of the last."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from operator import add
 from typing import Literal, Self
@@ -58,14 +58,19 @@ class Stack(FFN):
         routing = tuple(routing for output in outputs for routing in output.routing)
         return FFNOutput(added, torch.stack([output.aux_loss for output in outputs]).sum(), load, routing)
 
+    def _layers(self) -> Iterator[FFN]:
+        for layer in self.layers:
+            assert isinstance(layer, FFN)
+            yield layer
+
     def after_step(self, load: Mapping[str, Tensor]) -> None:
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self._layers()):
             prefix = f"{index}."
             mine = {name.removeprefix(prefix): value for name, value in load.items() if name.startswith(prefix)}
             layer.after_step(mine)
 
     def roles(self) -> dict[str, Role]:
         roles: dict[str, Role] = {f"norms.{name}": "vector" for name, _ in self.norms.named_parameters()}
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self._layers()):
             roles |= {f"layers.{index}.{name}": role for name, role in layer.roles().items()}
         return roles

@@ -92,7 +92,7 @@ def expert_lookup(
         activation,
     )
     if sparse is None:
-        sparse = sparse_gradient(*ids_TA.shape, len(down_ND))
+        sparse = sparse_gradient(ids_TA.shape[0], ids_TA.shape[1], len(down_ND))
     arguments = (x_TD, ids_TA, weights_TA, down_ND, up_ND, gate_ND, activation)
     if sparse and torch.is_grad_enabled():
         return _sparse_lookup(*arguments)

@@ -133,7 +133,7 @@ class Block(nn.Module):
 class Transformer(LanguageModel):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.config: TransformerConfig = config
+        self.config: TransformerConfig = config  # pyright: ignore[reportIncompatibleVariableOverride]
         self.embedding = nn.Embedding(config.vocabulary, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))

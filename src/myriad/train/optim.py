@@ -186,7 +186,9 @@ def clip_gradients(parameters: Iterable[Tensor], largest: float | None) -> Tenso
         return torch.zeros(())
     norm = torch.nn.utils.get_total_norm(values, error_if_nonfinite=False).float()
     if largest is not None and bool(norm.isfinite()):
-        torch._foreach_mul_(values, (largest / (norm + 1e-6)).clamp(max=1.0))
+        share = (largest / (norm + 1e-6)).clamp(max=1.0)
+        for value in values:
+            value.mul_(share)
     return norm
 
 
