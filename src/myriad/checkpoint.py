@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from myriad.config import Config, MyriadError, describe
+from myriad.config import Config, MyriadError, RunError, describe
 from myriad.models import LanguageModel, ModelConfig
 
 MANIFEST, INDEX, CHECKPOINTS, TRAINING = "manifest.json", "index.json", "checkpoints", "training"
@@ -184,6 +184,9 @@ def save_checkpoint(
         run_config: the settings, for `run.json`.
         tensors: file name -> tensors, for `training/NAME.safetensors`.
         state: counters, for `training/state.json`.
+
+    Raises:
+        RunError: a file cannot be written.
     """
     checkpoints = run / CHECKPOINTS
     checkpoints.mkdir(parents=True, exist_ok=True)
@@ -191,11 +194,14 @@ def save_checkpoint(
     temporary = checkpoints / f".{name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     (temporary / TRAINING).mkdir(parents=True)
-    write_model(temporary, model, tokenizer, end_id)
+    try:
+        write_model(temporary, model, tokenizer, end_id)
+        for file, named in tensors.items():
+            whole = {key: value.contiguous() for key, value in named.items()}
+            save_file(whole, temporary / TRAINING / f"{file}.safetensors")
+    except SafetensorError as error:  # what it makes of a full disk
+        raise RunError(f"{temporary}: cannot be written ({error})") from None
     _write_json(temporary / "run.json", run_config)
-    for file, named in tensors.items():
-        whole = {key: value.contiguous() for key, value in named.items()}
-        save_file(whole, temporary / TRAINING / f"{file}.safetensors")
     _write_json(temporary / TRAINING / "state.json", state)
     for path in temporary.rglob("*"):
         sync(path)
@@ -224,9 +230,12 @@ def publish(run: Path, shown: Path, best: Path | None) -> None:
     index.write(run / INDEX)
 
 
-def prune(run: Path, keep: int, best: Path | None) -> None:
-    """Delete all but the newest checkpoints and the best, and what killed saves left behind."""
-    present = list_checkpoints(run)
+def prune(run: Path, keep: int, newest: Path, best: Path | None) -> None:
+    """Delete all but the last checkpoints up to `newest` and the best, and what killed saves left behind.
+
+    Later ones than `newest` are damaged, as it was resumed from: they neither count nor go.
+    """
+    present = [folder for folder in list_checkpoints(run) if folder.name <= newest.name]
     for folder in present[:-keep]:
         if folder != best:
             shutil.rmtree(folder)
@@ -272,11 +281,10 @@ def intact_folder(folder: Path) -> Path:
             shown = folder / CHECKPOINTS / index.checkpoint
             verify(shown, Manifest.read(shown / MANIFEST))
             return shown
-    elif not (folder / "config.json").exists():
-        checkpoints = list_checkpoints(folder)
-        if not checkpoints:
-            raise CheckpointError(f"{folder}: holds no model (no config.json, no checkpoints)")
+    elif checkpoints := list_checkpoints(folder):  # a run that was killed before its first index
         return intact_folder(checkpoints[-1])
+    elif not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder}: holds no model (no config.json, no checkpoints)")
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 
 
 def train(
+    command: typer.Context,
     target: str = typer.Argument(metavar="PRESET|CONFIG.yaml|RUN", help="What to train."),
     overrides: list[str] = typer.Argument(
         None, metavar="[key.path=value ...]", help="Settings to change, such as budget.steps=1000 or out=runs/a."
@@ -32,7 +34,10 @@ def train(
         best = "" if outcome.best_loss is None else f", best validation loss {outcome.best_loss:.4f}"
         typer.echo(f"{out}: finished after step {outcome.step} ({outcome.reason}){best}")
     else:
-        typer.echo(f"{out}: saved ({outcome.reason}); to continue: myriad train {out} --resume")
+        imports = command.parent.params.get("imports", []) if command.parent else []
+        options = [word for module in imports for word in ("--import", module)]
+        again = shlex.join(["myriad", *options, "train", str(out), "--resume"])
+        typer.echo(f"{out}: saved ({outcome.reason}); to continue: {again}")
 
 
 def resolve_run(target: str, overrides: list[str]) -> tuple[RunConfig, str]:

@@ -101,8 +101,8 @@ def evaluate(
     Raises:
         ConfigError: a context or stride that the model or each other do not allow.
     """
-    context = context or model.config.context
-    stride = stride or max(1, context // 2)
+    context = model.config.context if context is None else context
+    stride = max(1, context // 2) if stride is None else stride
     _check_windows(context, stride, model.config.context)
     nats, targets, words, size = 0.0, 0, 0.0, 0.0
     for split in splits:

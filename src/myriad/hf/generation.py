@@ -155,7 +155,7 @@ def _check_options(
 
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
     """The end token and the prompt's tokens, int64 of shape (1, S)."""
-    ids = tokenizer.encode(prompt, add_special_tokens=False, split_special_tokens=True)
+    ids = tokenizer.encode(prompt, add_special_tokens=False, split_special_tokens=True, verbose=False)
     return torch.tensor([[tokenizer.eos_token_id, *ids]])
 
 

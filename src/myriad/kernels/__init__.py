@@ -2,7 +2,7 @@
 
 from myriad.kernels.expert_lookup import expert_lookup
 from myriad.kernels.product_key import product_key
-from myriad.kernels.registry import chosen, current, names, select, use
+from myriad.kernels.registry import choices, current, names, select, use
 from myriad.kernels.table_update import lazy_adam
 
-__all__ = ["chosen", "current", "expert_lookup", "lazy_adam", "names", "product_key", "select", "use"]
+__all__ = ["choices", "current", "expert_lookup", "lazy_adam", "names", "product_key", "select", "use"]

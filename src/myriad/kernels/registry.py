@@ -26,7 +26,6 @@ class Implementation(NamedTuple):
 
 _implementations: dict[str, dict[str, Implementation]] = {}
 _choice = "auto"
-_chosen: dict[str, str] = {}
 
 
 def register(op: str, name: str, functions: Any, *, devices: tuple[str, ...] | None = None) -> None:
@@ -52,9 +51,13 @@ def current() -> str:
     return _choice
 
 
-def chosen() -> dict[str, str]:
-    """Op -> `implementation (reason)` for the ops that have run so far; goes into a run's record."""
-    return dict(_chosen)
+def choices(device_type: str) -> dict[str, str]:
+    """Op -> `implementation (reason)` for what runs on a device type; goes into a run's record.
+
+    Raises:
+        KernelError: the explicit choice cannot run there.
+    """
+    return {op: "{} ({})".format(*_pick(op, device_type)) for op in _implementations}
 
 
 def select(name: str) -> None:
@@ -86,13 +89,12 @@ def resolve(op: str, device_type: str) -> Any:
     Raises:
         KernelError: the explicit choice cannot run there.
     """
+    name, _ = _pick(op, device_type)
+    return _implementations[op][name].functions
+
+
+def _pick(op: str, device_type: str) -> tuple[str, str]:
     forms = _implementations[op]
-    name, reason = _pick(op, forms, device_type)
-    _chosen[op] = f"{name} ({reason})"
-    return forms[name].functions
-
-
-def _pick(op: str, forms: dict[str, Implementation], device_type: str) -> tuple[str, str]:
     if _choice == "auto":
         for name, form in forms.items():
             if form.preferred and form.devices is not None and device_type in form.devices:

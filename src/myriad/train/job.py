@@ -94,7 +94,7 @@ def publish(job: Job, newest: Path) -> None:
     """Let the run folder show the best checkpoint, or the newest where none was validated."""
     best = None if job.progress.best_step is None else job.checkpoint_folders / f"{job.progress.best_step:08d}"
     checkpoint.publish(job.folder, best if best is not None and best.exists() else newest, best)
-    checkpoint.prune(job.folder, job.run.checkpoint.keep, best)
+    checkpoint.prune(job.folder, job.run.checkpoint.keep, newest, best)
 
 
 def parameter_names(model: LanguageModel) -> dict[Tensor, str]:

@@ -196,7 +196,9 @@ def _record_session(job: Job) -> None:
     """Note what this session runs on in `sessions.jsonl`, and the settings in `run.json`."""
     job.folder.mkdir(parents=True, exist_ok=True)
     if not (job.folder / "run.json").exists():
-        (job.folder / "run.json").write_text(json.dumps(job.run.model_dump(mode="json"), indent=2) + "\n")
+        temporary = job.folder / ".run.json.tmp"
+        temporary.write_text(json.dumps(job.run.model_dump(mode="json"), indent=2) + "\n")
+        os.replace(temporary, job.folder / "run.json")
     session = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "from_step": job.progress.step,
@@ -206,7 +208,7 @@ def _record_session(job: Job) -> None:
         "data": {"path": str(job.store.path), "source_sha256": job.store.index.source_sha256}
         | {name: split.sha256 for name, split in job.store.index.splits.items()},
         "precision": job.precision,
-        "kernels": kernels.current(),
+        "kernels": kernels.choices(job.device.type),
         "device": torch.cuda.get_device_name() if job.device.type == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
         "versions": {"myriad": __version__, "torch": torch.__version__, "python": sys.version.split()[0]},
