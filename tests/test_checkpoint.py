@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import tiny_run
 from myriad import checkpoint
 from myriad.checkpoint import CheckpointError, FileEntry, Manifest, intact_checkpoints, intact_folder, load
 from myriad.config import RunError
@@ -20,6 +19,7 @@ from myriad.models import LanguageModel, TransformerConfig
 from myriad.train import fit
 from myriad.train.record import CLOCK_FIELDS, Silent, read_records
 from myriad.train.run import BudgetConfig, CheckpointConfig
+from tiny import tiny_run
 
 
 def make_model(seed: int) -> LanguageModel:

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import DATA, tiny_model
 from myriad.config import ConfigError, MyriadError, RunError
 from myriad.evaluate import batch_leak, check_causality, evaluate, future_leak, windows
 from myriad.models import LMOutput, build
+from tiny import DATA, tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -196,3 +196,14 @@ def test_batch_norm_equals_pytorchs():
     mine.eval(), theirs.eval()
     assert torch.allclose(mine.running_var, theirs.running_var)
     assert torch.allclose(mine(x, None)[0], theirs(x))
+
+
+def test_batch_norm_keeps_its_digits_far_from_zero():
+    torch.manual_seed(0)
+    norm = BatchNorm(4)
+    x = torch.randn(512, 4) + 1000
+    for _ in range(100):  # the running mean finds the features
+        _, load = norm(x, None)
+        norm.update(load)
+    expected = nn.functional.batch_norm(x.double(), None, None, training=True)
+    assert (norm(x, None)[0] - expected).abs().max() < 1e-2

@@ -7,7 +7,6 @@ import threading
 import pytest
 import torch
 
-from conftest import tiny_model, tiny_run
 from myriad import checkpoint
 from myriad.config import ConfigError, RunError
 from myriad.evaluate import evaluate
@@ -17,6 +16,7 @@ from myriad.train import fit
 from myriad.train.loop import due
 from myriad.train.record import CLOCK_FIELDS, Silent, read_records
 from myriad.train.run import BatchConfig, BudgetConfig, CheckpointConfig, EarlyStoppingConfig, TrainConfig
+from tiny import tiny_model, tiny_run
 
 
 def records(folder, kind: str | None = None) -> list[dict]:
@@ -131,7 +131,8 @@ def test_early_stopping(store, tmp_path):
     assert outcome.step == 12
     assert outcome.reason == "early stop"
     index = json.loads((tmp_path / "run" / "index.json").read_text())
-    assert index["checkpoint"] == index["best"] == "00000004"
+    losses = {record["step"]: record["loss"] for record in records(tmp_path / "run", "validation")}
+    assert int(index["checkpoint"]) == int(index["best"]) == min(losses, key=losses.get)
     assert (
         fit(tiny_run(store, early_stopping=patient, budget=BudgetConfig(steps=40)), tmp_path / "run", resume=True).step
         == 12

@@ -2,10 +2,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from conftest import tiny_model
 from myriad import presets
 from myriad.config import ConfigError, validate
 from myriad.train import RunConfig, with_overrides
+from tiny import tiny_model
 
 RAW = {
     "model": tiny_model().model_dump(mode="json"),

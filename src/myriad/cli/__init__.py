@@ -26,19 +26,24 @@ app.add_typer(data.app, name="data")
 app.add_typer(config.app, name="config")
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        from myriad import __version__
+
+        typer.echo(f"myriad {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
-    version: bool = typer.Option(False, "--version", help="Show the version and exit."),
+    version: bool = typer.Option(
+        False, "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+    ),
     imports: list[str] = typer.Option(
         [], "--import", metavar="MODULE", help="Import a module of your own first, which registers layers of its own."
     ),
 ) -> None:
     """Language models whose feed-forward layers are mixtures of experts."""
-    if version:
-        from myriad import __version__
-
-        typer.echo(f"myriad {__version__}")
-        raise typer.Exit
     for module in imports:
         _import_users_module(module)
 

@@ -6,6 +6,7 @@ per token, evaluates both on held-out text, samples, and writes `report.html` an
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,9 +42,10 @@ def demo(
         run, _ = resolve_run(preset, [*(overrides or []), f"out={folders[name]}"])
         outcome = fit(run, folders[name], resume=True, display=Terminal(name))
         if not outcome.finished:
-            typer.echo(f"{folders[name]}: saved ({outcome.reason}); to continue: myriad demo --out {out}")
+            again = shlex.join(["myriad", "demo", "--out", str(out), *(overrides or [])])
+            typer.echo(f"{folders[name]}: saved ({outcome.reason}); to continue: {again}")
             return
-    _report(out, folders, ["myriad demo" + "".join(f" {word}" for word in overrides or [])])
+    _report(out, folders, [shlex.join(["myriad", "demo", *(overrides or [])])])
     typer.echo(f"done in {time.perf_counter() - started:.0f} s: {out / 'report.html'} and {out / 'curves.png'}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,13 +24,15 @@ def evaluate(
     json_file: Path = typer.Option(None, "--json", help="Write the figures to a file, too."),
 ) -> None:
     """Measure perplexity per token and per word, and bits per byte; every target is counted once."""
+    from myriad.train.record import to_json
+
     found, data_sha256 = measure_run(run, data, split, context, stride, show_progress=True)
     record = {**found.record(), "split": split, "data_sha256": data_sha256}
     for name, value in record.items():
         typer.echo(f"{name:<17} {value:.6g}" if isinstance(value, float) else f"{name:<17} {value}")
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(record, indent=2) + "\n")
+        json_file.write_text(to_json(record) + "\n")
 
 
 def measure_run(
@@ -50,14 +51,16 @@ def measure_run(
     """
     import torch
 
-    from myriad.checkpoint import load
+    from myriad.checkpoint import intact_folder, load
+    from myriad.data.store import hash_of_hashes
     from myriad.evaluate import check_causality
     from myriad.evaluate import evaluate as measure
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load(run, device)
-    store = _store_of(run, data)
-    _refuse_misfit(run, model, store)
+    folder = intact_folder(run)
+    model = load(folder, device)
+    store = _store_of(run, folder, data)
+    _refuse_misfit(run, folder, model, store)
     names = list(store.index.splits) if split == "all" else [split]
     splits = [store.split(name) for name in names]
     probe = torch.randint(model.config.vocabulary, (2, min(64, model.config.context)), device=device)
@@ -66,7 +69,7 @@ def measure_run(
     total = sum(len(part.tokens) for part in splits)
     with _progress(total, show_progress) as advance:
         found = measure(model, splits, end_id=store.index.end_id, context=context, stride=stride, progress=advance)
-    return found, splits[0].sha256 if len(splits) == 1 else store.index.source_sha256
+    return found, splits[0].sha256 if len(splits) == 1 else hash_of_hashes(part.sha256 for part in splits)
 
 
 def _progress(total: int, show: bool) -> Any:
@@ -87,8 +90,15 @@ def _progress(total: int, show: bool) -> Any:
     return bar()
 
 
-def _store_of(run: Path, data: Path | None) -> Store:
-    from myriad.checkpoint import CHECKPOINTS, intact_folder, read_json
+def _store_of(run: Path, folder: Path, data: Path | None) -> Store:
+    """The store to measure on, every byte of it checked."""
+    store = _open_store_of(run, folder, data)
+    store.verify()
+    return store
+
+
+def _open_store_of(run: Path, folder: Path, data: Path | None) -> Store:
+    from myriad.checkpoint import CHECKPOINTS, read_json
     from myriad.config import ConfigError, validate
     from myriad.data.store import Store
     from myriad.train import RunConfig
@@ -96,19 +106,19 @@ def _store_of(run: Path, data: Path | None) -> Store:
 
     if data is not None:
         return Store.open(data)
-    recorded = intact_folder(run) / "run.json"
+    recorded = folder / "run.json"
     if not recorded.exists():
         raise ConfigError(f"{run}: does not say what it was trained on; name a store with --data")
-    folder = run.parents[1] if run.parent.name == CHECKPOINTS else run
-    path = store_path(validate(RunConfig, read_json(recorded)).data, folder)
+    out = run.resolve()
+    out = out.parents[1] if out.parent.name == CHECKPOINTS else out
+    path = store_path(validate(RunConfig, read_json(recorded)).data, out)
     if not path.exists():
         raise ConfigError(f"{path}: the store that {run} was trained on is not there; name one with --data")
     return Store.open(path)
 
 
-def _refuse_misfit(run: Path, model: LanguageModel, store: Store) -> None:
+def _refuse_misfit(run: Path, folder: Path, model: LanguageModel, store: Store) -> None:
     """Another tokenizer, or a vocabulary that does not fit, would make the figures meaningless."""
-    from myriad.checkpoint import intact_folder
     from myriad.config import ConfigError
     from myriad.data.tokenizer import Tokenizer
 
@@ -116,7 +126,7 @@ def _refuse_misfit(run: Path, model: LanguageModel, store: Store) -> None:
         raise ConfigError(
             f"{store.path}: its vocabulary of {store.index.vocab_size} exceeds {run}'s of {model.config.vocabulary}"
         )
-    own = intact_folder(run) / "tokenizer.json"
+    own = folder / "tokenizer.json"
     if own.exists() and Tokenizer.open(own).sha256 != store.index.tokenizer_sha256:
         raise ConfigError(
             f"{store.path}: made with another tokenizer than {run}; prepare it again with --tokenizer {run}"

@@ -79,7 +79,7 @@ class SplitIndex(Config):
 
     @model_validator(mode="after")
     def _check(self) -> "SplitIndex":
-        if self.sha256 != _hash_of_hashes(self.shards):
+        if self.sha256 != hash_of_hashes(shard.sha256 for shard in self.shards):
             raise ValueError("its hash does not fit its shards'")
         return self
 
@@ -355,7 +355,7 @@ class _SplitWriter:
             bytes=self._bytes,
             shards=shards,
             offsets=self._write_offsets(),
-            sha256=_hash_of_hashes(shards),
+            sha256=hash_of_hashes(shard.sha256 for shard in shards),
         )
 
     def _write_offsets(self) -> FileIndex:
@@ -455,5 +455,6 @@ def _hash_file(path: Path) -> str:
         raise _damaged(path, str(error.strerror)) from None
 
 
-def _hash_of_hashes(files: Iterable[FileIndex]) -> str:
-    return hashlib.sha256("".join(file.sha256 for file in files).encode()).hexdigest()
+def hash_of_hashes(hashes: Iterable[str]) -> str:
+    """One hash for several files or splits, in order."""
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()

@@ -136,7 +136,7 @@ def _sum_losses(
     model.eval()
     nats, count = 0.0, 0
     try:
-        for batch in _batches(list(windows(len(tokens), context, stride)), max(1, TOKENS_PER_BATCH // context)):
+        for batch in _batches(windows(len(tokens), context, stride), max(1, TOKENS_PER_BATCH // context)):
             ids, targets = _tensors(batch, tokens, end_id)
             device = next(model.parameters()).device
             with torch.inference_mode():
@@ -151,7 +151,7 @@ def _sum_losses(
     return nats, count
 
 
-def _batches(all_windows: list[Window], size: int) -> Iterator[list[Window]]:
+def _batches(all_windows: Iterator[Window], size: int) -> Iterator[list[Window]]:
     """Consecutive windows of one length."""
     batch: list[Window] = []
     for window in all_windows:

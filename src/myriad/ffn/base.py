@@ -94,7 +94,8 @@ class FFNConfig(Variant):
 
     kinds: ClassVar[dict[str, Any]] = {}
     causal: ClassVar[bool] = True
-    """False: in training, a token's output depends on other tokens of the batch."""
+    """False: the training view chooses experts by looking at other tokens, later ones too, so that its loss is no
+    measure of quality. (Batch statistics of queries do not choose among tokens.)"""
 
     def build(self, d_model: int) -> FFN:
         """Make the layer, with freshly initialised parameters.

@@ -36,7 +36,8 @@ class BatchNorm(nn.Module):
     """Batch normalization over tokens whose running statistics change only in `update`.
 
     In training it normalises with the statistics of the micro-batch over all ranks, differentiably; in
-    evaluation with running ones. Its load is the count, sum and sum of squares of what it saw, shape (3, F).
+    evaluation with running ones. Its load is the count, sum and sum of squares of what it saw, shape (3, F),
+    around the running mean, so that features far from zero lose no digits.
     """
 
     running_mean: Tensor
@@ -53,36 +54,43 @@ class BatchNorm(nn.Module):
     def forward(self, x_TF: Tensor, mask_T: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Normalise tokens of shape (T, F), of which a mask of shape (T,) may leave some out."""
         load: dict[str, Tensor] = {}
-        mean, var = self.running_mean, self.running_var
+        x_TF = x_TF - self.running_mean
+        shift, var = None, self.running_var
         if self.training:
             mine = _moments(x_TF, mask_T)
-            count, total, squares = all_reduce_sum(mine).unbind(0)
-            mean = total / count.clamp(min=1)
-            var = (squares / count.clamp(min=1) - mean * mean).clamp(min=0)
+            shift, var = _mean_and_variance(all_reduce_sum(mine))
             load = {"moments": mine.detach()}
         scale = self.weight * torch.rsqrt(var + self.eps)
-        return torch.addcmul(self.bias - mean * scale, x_TF, scale), load
+        bias = self.bias if shift is None else self.bias - shift * scale
+        return torch.addcmul(bias, x_TF, scale), load
 
     def update(self, load: Mapping[str, Tensor]) -> None:
         """Move the running statistics towards one step's sums, as `torch.nn.BatchNorm1d` does."""
-        count, total, squares = load["moments"].unbind(0)
+        count = load["moments"][0]
         if count[0] < 2:
             return
-        mean = total / count
-        var = (squares / count - mean * mean).clamp(min=0) * count / (count - 1)
-        self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
-        self.running_var.lerp_(var.to(self.running_var), self.momentum)
+        shift, var = _mean_and_variance(load["moments"])
+        unbiased = var * count / (count - 1)
+        self.running_mean.add_(shift.to(self.running_mean), alpha=self.momentum)
+        self.running_var.lerp_(unbiased.to(self.running_var), self.momentum)
 
 
 def _moments(x_TF: Tensor, mask_T: Tensor | None) -> Tensor:
     """Count, sum and sum of squares over tokens, as rows of one tensor of shape (3, F)."""
     if mask_T is not None:
-        x_TF = x_TF * mask_T.unsqueeze(1)
+        x_TF = x_TF.masked_fill(~mask_T.unsqueeze(1), 0)
         count = mask_T.sum()
     else:
         count = torch.tensor(float(len(x_TF)), device=x_TF.device)
     counts = count.to(x_TF.dtype).expand(x_TF.shape[1])
     return torch.stack((counts, x_TF.sum(0), (x_TF * x_TF).sum(0)))
+
+
+def _mean_and_variance(moments_3F: Tensor) -> tuple[Tensor, Tensor]:
+    count, total, squares = moments_3F.unbind(0)
+    count = count.clamp(min=1)
+    mean = total / count
+    return mean, (squares / count - mean * mean).clamp(min=0)
 
 
 class Queries(nn.Module):
@@ -107,7 +115,7 @@ class Queries(nn.Module):
     def forward(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Queries of shape (T, H, 2, d_key), at least float32, and the load of the normalization."""
         q_TF = self.proj(x_TD)
-        # bfloat16 has too few digits to rank scores with: retrieval stays in float32 under autocast.
+        # bfloat16 has too few digits to rank scores with: under autocast, only the map above is in bfloat16.
         q_TF = q_TF.to(torch.promote_types(q_TF.dtype, torch.float32))
         load: dict[str, Tensor] = {}
         if isinstance(self.norm, BatchNorm):

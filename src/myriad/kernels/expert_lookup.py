@@ -192,7 +192,7 @@ def _(
     x: Tensor, ids: Tensor, weights: Tensor, down: Tensor, up: Tensor, gate: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     dots = ids.shape
-    return torch.empty_like(x), down.new_empty(dots), down.new_empty(0 if gate is None else dots)
+    return x.new_empty(x.shape), down.new_empty(dots), down.new_empty(0 if gate is None else dots)
 
 
 @torch.library.custom_op("myriad::expert_lookup_backward", mutates_args=())
@@ -226,7 +226,9 @@ def _(
     gate_dots: Tensor,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    empty = torch.empty_like
+    def empty(like: Tensor) -> Tensor:
+        return like.new_empty(like.shape)
+
     return (
         empty(x),
         empty(weights),

@@ -70,22 +70,23 @@ def _reference_forward(queries_THPQ: Tensor, keys_HPSQ: Tensor, k: int) -> tuple
     keys_HPQS = keys_HPSQ.to(dtype).transpose(2, 3)
     scores_THK = torch.empty(tokens, heads, k, dtype=dtype, device=queries_THPQ.device)
     ids_THK = torch.empty(tokens, heads, k, dtype=torch.int64, device=queries_THPQ.device)
+    candidates = _candidates(k, side, queries_THPQ.device)
     step = max(1, SCORES_PER_BLOCK // (heads * 2 * side))
     for start in range(0, tokens, step):
         block = slice(start, start + step)
         # Autocast reaches into custom ops: it would round the scores to bfloat16.
         with torch.autocast(queries_THPQ.device.type, enabled=False):
             halves_HPTS = queries_THPQ[block].to(dtype).permute(1, 2, 0, 3) @ keys_HPQS
-        best_HTK, ids_HTK = _best_sums(halves_HPTS, k)
+        best_HTK, ids_HTK = _best_sums(halves_HPTS, k, candidates)
         scores_THK[block], ids_THK[block] = best_HTK.transpose(0, 1), ids_HTK.transpose(0, 1)
     return scores_THK, ids_THK
 
 
-def _best_sums(halves_HPTS: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _best_sums(halves_HPTS: Tensor, k: int, candidates: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """The k best sums of one score of each half, and i * side + j for each."""
     side = halves_HPTS.shape[-1]
     best, index = halves_HPTS.topk(min(k, side), dim=-1)
-    first, second = _candidates(k, side, halves_HPTS.device)
+    first, second = candidates
     sums = best[:, 0, :, first] + best[:, 1, :, second]
     scores, pick = sums.topk(k, dim=-1)
     ids = index[:, 0].gather(-1, first[pick]) * side + index[:, 1].gather(-1, second[pick])

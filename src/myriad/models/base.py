@@ -45,7 +45,7 @@ class ModelConfig(Variant):
 
     vocab_size: Count | None = Field(default=None, ge=2)
     """Rows of the embedding; None: follows the tokenizer of the data."""
-    context: int = Field(default=256, ge=1)
+    context: int = Field(default=256, ge=2)
     """The longest sequence, in tokens."""
 
     @property

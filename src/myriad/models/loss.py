@@ -11,9 +11,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 LOGITS_PER_CHUNK = 2**22
-"""Logits held at once: 16 MB in float32."""
+"""Logits held at once, 16 MB in float32, unless a large vocabulary makes that too few tokens."""
+LEAST_TOKENS_PER_CHUNK = 512
+"""Each chunk reads the weight and adds to its gradient once, which fewer tokens would not pay for."""
 
 
 def chunked_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
@@ -40,7 +43,7 @@ def _loss_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def _chunks(targets: Tensor, vocabulary: int) -> list[slice]:
-    step = max(1, LOGITS_PER_CHUNK // vocabulary)
+    step = max(LEAST_TOKENS_PER_CHUNK, LOGITS_PER_CHUNK // vocabulary)
     return [slice(start, start + step) for start in range(0, len(targets), step)]
 
 
@@ -72,7 +75,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
             grads[0].to(grad_hidden.dtype) * grad_hidden,

@@ -37,8 +37,10 @@ class Progress:
     skipped_in_a_row: int = 0
     best_loss: float | None = None
     best_step: int | None = None
+    mark_loss: float | None = None
+    """The validation loss that the next one must beat by `min_delta` to count as improvement."""
     without_improvement: int = 0
-    """Validations since the best."""
+    """Validations since then."""
     validated_step: int | None = None
 
 
@@ -61,6 +63,8 @@ class Job:
     progress: Progress = field(default_factory=Progress)
     stop_signal: str | None = None
     """The name of a signal that asked the run to stop."""
+    saved_step: int | None = None
+    """The step of the newest checkpoint."""
 
     @property
     def checkpoint_folders(self) -> Path:
@@ -87,13 +91,14 @@ def save(job: Job) -> None:
         tensors={"optimizer": moments.tensors, "random": _random_states()},
         state=state,
     )
+    job.saved_step = job.progress.step
     publish(job, written)
 
 
 def publish(job: Job, newest: Path) -> None:
     """Let the run folder show the best checkpoint, or the newest where none was validated."""
     best = None if job.progress.best_step is None else job.checkpoint_folders / f"{job.progress.best_step:08d}"
-    checkpoint.publish(job.folder, best if best is not None and best.exists() else newest, best)
+    checkpoint.publish(job.folder, newest if best is None else best, best)
     checkpoint.prune(job.folder, job.run.checkpoint.keep, newest, best)
 
 
@@ -130,7 +135,21 @@ def restore(job: Job, folder: Path) -> None:
             torch.cuda.set_rng_state(random["cuda"])
     except (KeyError, TypeError, ValidationError) as error:
         raise CheckpointError(f"{training}: damaged ({' '.join(str(error).split())})") from None
+    job.saved_step = job.progress.step
+    _forget_damaged_best(job)
     publish(job, folder)
+
+
+def _forget_damaged_best(job: Job) -> None:
+    """A best checkpoint that is damaged cannot be shown again; the next validation finds another."""
+    progress = job.progress
+    if progress.best_step is None:
+        return
+    try:
+        checkpoint.intact_folder(job.checkpoint_folders / f"{progress.best_step:08d}")
+    except CheckpointError as error:
+        job.display.note(f"the best weights are lost: {error}")
+        progress.best_step, progress.best_loss = None, None
 
 
 def read_state(folder: Path) -> Mapping[str, Any]:

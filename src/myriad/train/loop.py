@@ -7,6 +7,7 @@ The losses are a function of the config and the seed. A run that was killed and 
 and the same metrics as one that was not: everything that it depends on is in the checkpoint.
 """
 
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -119,11 +120,13 @@ def validate(job: Job) -> Record:
             limit=run.evaluation.tokens,
         )
     progress.validated_step = progress.step
-    if progress.best_loss is None or found.loss < progress.best_loss - run.early_stopping.min_delta:
-        progress.best_loss, progress.best_step = found.loss, progress.step
-        progress.without_improvement = 0
+    mark, delta = progress.mark_loss, run.early_stopping.min_delta
+    if math.isfinite(found.loss) and (mark is None or found.loss < mark - delta):
+        progress.mark_loss, progress.without_improvement = found.loss, 0
     else:
         progress.without_improvement += 1
+    if math.isfinite(found.loss) and (progress.best_loss is None or found.loss < progress.best_loss):
+        progress.best_loss, progress.best_step = found.loss, progress.step
     return _validation_record(progress, run, found)
 
 
@@ -163,6 +166,8 @@ def train(job: Job, metrics: Metrics) -> Outcome:
                 display.show(record)
             if _save_is_due(job):
                 save(job)
+        if job.stop_signal is not None and job.saved_step != progress.step:
+            save(job)  # the signal came between two steps
     if job.stop_signal is not None and progress.step < job.steps and not _stops_early(job):
         return Outcome(progress.step, False, progress.best_loss, f"{job.stop_signal} at step {progress.step}")
     reason = "early stop" if progress.step < job.steps else "budget spent"

@@ -5,7 +5,7 @@ A table's rows and moments move only where a row was used, so a step costs what 
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 import torch
 from pydantic import Field, NonNegativeInt
@@ -17,6 +17,7 @@ from myriad.ffn import Role
 from myriad.kernels import lazy_adam
 
 Schedule = Literal["cosine", "wsd", "constant"]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimConfig(Config):
@@ -26,7 +27,7 @@ class OptimConfig(Config):
     """Peak learning rate of matrices and vectors."""
     table_lr: float | None = Field(default=None, gt=0)
     """Peak learning rate of tables; None: `lr`."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Decay of the first and second moments."""
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
@@ -117,6 +118,7 @@ class RoleOptimizer(torch.optim.Optimizer):
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=False,
+            fused=parameters[0].device.type == "cpu",  # PyTorch's default there is a loop over parameters
         )
 
     def _step_tables(self, group: dict[str, Any], tables: list[Tensor]) -> None:

@@ -13,7 +13,7 @@ def resolve_precision(asked: Literal["auto", "float32", "bfloat16"], device: tor
     if asked != "auto":
         return asked
     if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     if device.type == "cpu":
         able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
         return "bfloat16" if able.get("avx512_bf16") or able.get("amx_bf16") else "float32"

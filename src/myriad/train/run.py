@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from myriad.config import Config, ConfigError, Count, apply_overrides, parse_overrides, validate
 from myriad.data.tokenizer import known_vocab_size
@@ -65,7 +65,7 @@ class BatchConfig(Config):
 
 
 class TrainConfig(Config):
-    """How the arithmetic is done; none of it changes what is computed beyond rounding."""
+    """How the arithmetic is done, and when it has failed."""
 
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of products: `auto` is bfloat16 autocast where the hardware multiplies it fast."""
@@ -122,7 +122,7 @@ class RunConfig(Config):
     evaluation: EvaluationConfig = EvaluationConfig()
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    seed: NonNegativeInt = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Of the initial weights, the order of the data and dropout."""
     out: str | None = None
     """The run folder; None: runs/NAME."""

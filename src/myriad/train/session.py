@@ -17,6 +17,8 @@ import torch
 from myriad import __version__, checkpoint, kernels
 from myriad.checkpoint import CheckpointError
 from myriad.config import ConfigError, validate
+from myriad.data import DataError
+from myriad.data.sources import Corpus, open_source
 from myriad.data.store import Store, prepare
 from myriad.data.stream import Stream
 from myriad.models import LanguageModel
@@ -87,16 +89,27 @@ def store_path(data: DataConfig, out: Path) -> Path:
     place = str(Path(source).resolve()) if Path(source).exists() else source
     mark = hashlib.sha256(f"{place}\n{tokenizer}".encode()).hexdigest()[:8]
     name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{Path(source).name}-{Path(tokenizer).name}")
-    return out.parent / "data" / f"{name}-{mark}"
+    return out.resolve().parent / "data" / f"{name}-{mark}"
 
 
 def open_store(data: DataConfig, out: Path, display: Display) -> Store:
-    """Open a run's store; a source's store that is not there yet is prepared."""
+    """Open a run's store and check every byte; a source's store that is not there yet is prepared.
+
+    Raises:
+        DataError: it is missing or damaged, or the source has changed since it was prepared.
+    """
     path = store_path(data, out)
     if data.source is not None and not path.exists():
         display.note(f"preparing {data.source} with {data.tokenizer} tokens in {path}")
         return prepare(data.source, data.tokenizer, path)
-    return Store.open(path)
+    store = Store.open(path)
+    store.verify()
+    if data.source is not None and Corpus(open_source(data.source)).survey.sha256 != store.index.source_sha256:
+        raise DataError(
+            f"{path}: {data.source} has changed since this store was made of it; "
+            f"remove the store to prepare it anew, or train on it as it is with data.path={path}"
+        )
+    return store
 
 
 def with_store_vocabulary(run: RunConfig, store: Store) -> RunConfig:
@@ -135,6 +148,7 @@ def _newest_checkpoint(run: RunConfig, out: Path, store: Store, display: Display
 
 def _refuse_other_run(run: RunConfig, recorded: RunConfig, out: Path) -> None:
     mine, theirs = run.model_dump(mode="json"), recorded.model_dump(mode="json")
+    mine["data"]["path"] = theirs["data"]["path"]  # a store may move: its hash tells whether it is the same
     for section in mine.keys() - set(MAY_CHANGE):
         if mine[section] != theirs[section]:
             raise ConfigError(
