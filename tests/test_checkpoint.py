@@ -483,6 +483,18 @@ def test_resuming_passes_over_damaged_checkpoints_says_so_and_ends_with_the_same
     assert figures(folder) == figures(trained)
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "manifest.json"])
+def test_a_damaged_best_checkpoint_does_not_keep_the_newest_from_being_resumed(store, trained, tmp_path, file):
+    run = tiny_run(store, budget=BudgetConfig(steps=8), checkpoint=CheckpointConfig(every=2, keep=4))
+    folder = unlinked_copy(trained, tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints" / "00000008")
+    path = folder / "checkpoints" / "00000004" / file  # of the only validation so far, hence the best
+    path.write_bytes(path.read_bytes()[:-10])
+    assert fit(run, folder, resume=True).finished
+    assert (folder / "model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
+    assert figures(folder) == figures(trained)
+
+
 def test_resuming_with_no_intact_checkpoint_is_refused_and_deletes_nothing(store, trained, tmp_path):
     run = tiny_run(store, budget=BudgetConfig(steps=8), checkpoint=CheckpointConfig(every=2, keep=4))
     folder = unlinked_copy(trained, tmp_path / "run")

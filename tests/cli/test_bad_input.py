@@ -3,6 +3,7 @@
 A fault during a run is exit code 1.
 """
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -11,11 +12,11 @@ import pytest
 import yaml
 from calling import Caller, Result, call_in_a_fresh_process
 
-from conftest import tiny_model, tiny_run
 from myriad import checkpoint
 from myriad.data.store import Store, prepare
 from myriad.train import fit, loop
 from myriad.train.run import BudgetConfig
+from tiny import tiny_model, tiny_run
 
 
 @pytest.fixture
@@ -104,7 +105,7 @@ OVERRIDES = {
     "an empty path": (["=3"], "'=3': expected key.path=value"),
     "a value that is not YAML": (["out=[1"], "'out=[1': the value is not YAML"),
     "a date that cannot be": (["out=2024-13-45"], "'out=2024-13-45': the value is not YAML"),
-    "a value nested too deeply": (["out=" + "[" * 3000], "the value is not YAML"),
+    "a value nested too deeply": (["out=" + "[" * 900], "the value is not YAML"),
     "a batch that windows do not fill": (["batch.tokens=100"], "batch", "model.context = 32"),
     "experts that are no square": (["model.ffns.peer.experts=10"], "experts", "9"),
     "heads that do not divide": (["model.heads=3"], "heads"),
@@ -120,7 +121,7 @@ def test_train_refuses_settings_that_cannot_be(myriad, config, tmp_path, monkeyp
     words, *parts = OVERRIDES[name]
     monkeypatch.chdir(tmp_path)
     before = contents(tmp_path)
-    assert_refused(myriad("train", config, "out=run", *words), *parts)
+    assert_refused(myriad("train", config, "out=run", "--quiet", *words), *parts)
     assert contents(tmp_path) == before
 
 
@@ -218,12 +219,14 @@ def test_a_damaged_store_is_refused(myriad, config, store, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_without_validation_text_is_refused(myriad, config, tmp_path):
-    (tmp_path / "short.txt").write_text("x")
-    words = [tmp_path / "short.txt", "--tokenizer", "bytes", "--out", tmp_path / "store"]
-    assert myriad("data", "prepare", *words).code == 0
-    result = myriad("train", config, f"data.path={tmp_path / 'store'}", f"out={tmp_path / 'run'}")
-    assert_refused(result, str(tmp_path / "store"))
+def test_a_run_without_validation_text_is_refused(myriad, config, store, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(store.path, copy)
+    index = json.loads((copy / "index.json").read_text())
+    del index["splits"]["validation"]
+    (copy / "index.json").write_text(json.dumps(index))
+    result = myriad("train", config, f"data.path={copy}", f"out={tmp_path / 'run'}")
+    assert_refused(result, f"{copy}: has no split 'validation' (it has train)")
     assert not (tmp_path / "run").exists()
 
 

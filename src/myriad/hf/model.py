@@ -205,15 +205,16 @@ def _refuse_misfit(source: object, info: Mapping[str, Any]) -> None:
             raise CheckpointError(f"{source}: the weights do not fit its config: {kind.replace('_', ' ')} {first}")
 
 
-def _padding_mask(attention_mask: Tensor, input_ids: Tensor, cache: Cache | None) -> Tensor:
-    """A bool mask of shape (B, cached + S), False for padding."""
+def _padding_mask(attention_mask: Tensor, input_ids: Tensor, cache: Cache | None) -> Tensor | None:
+    """A bool mask of shape (B, cached + S), False for padding; None without any, which lets attention be faster."""
     total = input_ids.shape[1] + (0 if cache is None else cache.get_seq_length())
     if attention_mask.shape != (len(input_ids), total):
         expected, found = (len(input_ids), int(total)), tuple(attention_mask.shape)
         raise ValueError(
             f"attention_mask: expected a shape of (batch, cached + new positions) = {expected}, not {found}"
         )
-    return attention_mask.bool()
+    mask = attention_mask.bool()
+    return None if bool(mask.all()) else mask
 
 
 def _wanted_tokens(given: int, kwargs: Mapping[str, Any], *configs: GenerationConfig | None) -> int | None:

@@ -42,19 +42,28 @@ class Attention(nn.Module):
         Args:
             x_BSD: normalised inputs.
             angles: the rotary cosines and sines of the new positions.
-            allowed: bool, broadcastable to (B, 1, S, L), where a query may look; None: S = L, all not later.
+            allowed: bool, broadcastable to (B, 1, S, L), where a query may look; None: at all not later, for
+                S = L or S = 1.
             cache: where to append this call's keys and values.
         """
         batch, length, _ = x_BSD.shape
         qkv = self.qkv(x_BSD).view(batch, length, -1, self.head_dim).transpose(1, 2)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-        q, k = rotate(self.q_norm(q), angles), rotate(self.k_norm(k), angles)
+        q, k = rotate(_normalized(self.q_norm, q), angles), rotate(_normalized(self.k_norm, k), angles)
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
-        y_BHSQ = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=allowed, is_causal=allowed is None, enable_gqa=self.kv_heads != self.heads
-        )
+        # One new position may look at all: `is_causal` would let it see the first alone.
+        causal = allowed is None and length > 1
+        grouped = self.kv_heads != self.heads
+        y_BHSQ = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal, enable_gqa=grouped)
         return self.out(y_BHSQ.transpose(1, 2).reshape(batch, length, -1))
+
+
+def _normalized(norm: nn.Module, x_BHSQ: Tensor) -> Tensor:
+    """The norm with its gain in the dtype of x: PyTorch has no fused form for two dtypes."""
+    if not isinstance(norm, nn.RMSNorm):
+        return x_BHSQ
+    return F.rms_norm(x_BHSQ, x_BHSQ.shape[-1:], norm.weight.to(x_BHSQ.dtype))
 
 
 def attention_mask(batch: int, new: int, total: int, mask_BL: Tensor | None, device: torch.device) -> Tensor | None:
@@ -62,7 +71,7 @@ def attention_mask(batch: int, new: int, total: int, mask_BL: Tensor | None, dev
 
     A padded position may look at itself, so that no row is empty: an empty softmax is not a number.
     """
-    if mask_BL is None and new == total:
+    if mask_BL is None and new in (1, total):
         return None
     causal_SL = torch.ones(new, total, dtype=torch.bool, device=device).tril(total - new)
     if mask_BL is None:

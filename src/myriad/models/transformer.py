@@ -167,7 +167,11 @@ class Transformer(LanguageModel):
         x_BSD = self.dropout(self.embedding(ids))
         outputs: list[FFNOutput] = []
         for block in self.blocks:
-            x_BSD, output = self._run(block, x_BSD, angles, allowed, cache, mask_BS, with_routing)
+            inputs = (x_BSD, angles, allowed, cache, mask_BS, with_routing)
+            if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
+                x_BSD, output = checkpoint(block, *inputs, use_reentrant=False)  # pyright: ignore
+            else:
+                x_BSD, output = block(*inputs)
             outputs.append(output)
         x_BSD = self.norm(x_BSD)
 
@@ -182,12 +186,6 @@ class Transformer(LanguageModel):
         loads = tuple(output.load for output in outputs)
         routing = tuple(output.routing for output in outputs) if with_routing else ()
         return LMOutput(logits, loss, count, aux_loss, loads, routing)
-
-    def _run(self, block: nn.Module, *inputs: object) -> BlockOutput:
-        _, _, _, cache, *_ = inputs
-        if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
-            return checkpoint(block, *inputs, use_reentrant=False)  # pyright: ignore[reportReturnType]
-        return block(*inputs)
 
     def roles(self) -> dict[str, Role]:
         roles: dict[str, Role] = {

@@ -10,13 +10,15 @@ import platform
 import re
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
 
 from myriad import __version__, checkpoint, kernels
 from myriad.checkpoint import CheckpointError
-from myriad.config import ConfigError, validate
+from myriad.config import ConfigError, RunError, validate
 from myriad.data import DataError
 from myriad.data.sources import Corpus, open_source
 from myriad.data.store import Store, prepare
@@ -63,16 +65,29 @@ def fit(
     run = with_store_vocabulary(run, store)
     newest = _newest_checkpoint(run, out, store, display) if present else None
     kernels.select(kernel or (str(read_state(newest).get("kernels", "auto")) if newest else "auto"))
-    job = _build_job(run, out, store, display, newest)
-    if newest is not None:
-        restore(job, newest)
-    _record_session(job)
-    metrics = Metrics(out / "metrics.jsonl", up_to_step=job.progress.step)
-    try:
-        with display:
+    with _naming_lack_of_memory(run):
+        job = _build_job(run, out, store, display, newest)
+        if newest is not None:
+            restore(job, newest)
+        _record_session(job)
+        with closing(Metrics(out / "metrics.jsonl", up_to_step=job.progress.step)) as metrics, display:
             return train(job, metrics)
-    finally:
-        metrics.close()
+
+
+@contextmanager
+def _naming_lack_of_memory(run: RunConfig) -> Iterator[None]:
+    """Turn the allocators' errors into one that says what the model needs."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
+            raise
+        parameters = run.model.cost().parameters
+        raise RunError(
+            f"out of memory: the model has {parameters:,} parameters, which with gradients and moments take about "
+            f"{16 * parameters / 1e9:,.1f} GB in float32, and activations more; "
+            "a smaller batch.micro_tokens or train.activation_checkpointing=true hold fewer of these"
+        ) from None
 
 
 def holds_run(folder: Path) -> bool:
