@@ -85,11 +85,13 @@ def _report(out: Path, folders: dict[str, Path], commands: list[str]) -> None:
 
 
 def _held_out(folder: Path) -> Perplexity:
+    from myriad.analysis.measure import measure_run
     from myriad.checkpoint import load
-    from myriad.cli.evaluate import measure_run
+    from myriad.cli.evaluate import progress_bar
 
     context = load(folder).config.context
-    return measure_run(folder, split=HELD_OUT, stride=context, show_progress=True)[0]
+    with progress_bar(folder.name) as progress:
+        return measure_run(folder, split=HELD_OUT, stride=context, progress=progress).perplexity
 
 
 def _say(contender: Contender) -> None:

@@ -1,0 +1,109 @@
+"""The figures of a trained run on a split of a store: everything is checked before anything is measured."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from myriad.checkpoint import CHECKPOINTS, intact_folder, load, read_json
+from myriad.config import ConfigError, validate
+from myriad.data.store import Store, hash_of_hashes
+from myriad.data.tokenizer import Tokenizer
+from myriad.evaluate import Perplexity, check_causality, evaluate
+from myriad.models import LanguageModel
+from myriad.train import RunConfig
+from myriad.train.session import store_path
+
+PROBE_TOKENS = 64
+"""Length of the sequences on which causality is checked."""
+
+
+class Measured(NamedTuple):
+    """What a run's model makes of a text."""
+
+    perplexity: Perplexity
+    split: str
+    data_sha256: str
+    """Names the tokens that were measured: the split's hash, or one over all splits'."""
+
+    def record(self) -> dict[str, Any]:
+        """All figures, by name."""
+        return {**self.perplexity.record(), "split": self.split, "data_sha256": self.data_sha256}
+
+
+def measure_run(
+    run: Path,
+    data: Path | None = None,
+    split: str = "validation",
+    context: int | None = None,
+    stride: int | None = None,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Measured:
+    """Measure a run in float32.
+
+    Args:
+        run: a run folder, a checkpoint, or a Hugging Face folder of ours.
+        data: a store; None: the one that the run was trained on.
+        split: one of its splits, or `all` of them.
+        context, stride: as in `evaluate`.
+        progress: called with the tokens evaluated since the last call, and with all that there are.
+
+    Raises:
+        MyriadError: the run, the store or the windows cannot be used, or the model is not causal.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    folder = intact_folder(run)
+    model = load(folder, device)
+    store = open_store_of(run, folder) if data is None else Store.open(data)
+    store.verify()
+    _refuse_misfit(run, folder, model, store)
+    splits = [store.split(name) for name in (store.index.splits if split == "all" else [split])]
+    check_causality(
+        model, torch.randint(model.config.vocabulary, (2, min(PROBE_TOKENS, model.config.context))).to(device)
+    )
+    total = sum(len(part.tokens) for part in splits)
+    found = evaluate(
+        model,
+        splits,
+        end_id=store.index.end_id,
+        context=context,
+        stride=stride,
+        progress=None if progress is None else lambda tokens: progress(tokens, total),
+    )
+    names = [part.sha256 for part in splits]
+    return Measured(found, split, names[0] if len(names) == 1 else hash_of_hashes(names))
+
+
+def open_store_of(run: Path, folder: Path) -> Store:
+    """The store that a run was trained on.
+
+    Args:
+        run: as the user named it.
+        folder: where its files are read from.
+
+    Raises:
+        MyriadError: the run does not say, or the store is not there.
+    """
+    recorded = folder / "run.json"
+    if not recorded.exists():
+        raise ConfigError(f"{run}: does not say what it was trained on; name a store with --data")
+    out = run.resolve()
+    out = out.parents[1] if out.parent.name == CHECKPOINTS else out
+    path = store_path(validate(RunConfig, read_json(recorded)).data, out)
+    if not path.exists():
+        raise ConfigError(f"{path}: the store that {run} was trained on is not there; name one with --data")
+    return Store.open(path)
+
+
+def _refuse_misfit(run: Path, folder: Path, model: LanguageModel, store: Store) -> None:
+    """Another tokenizer, or a vocabulary that does not fit, would make the figures meaningless."""
+    theirs, mine = store.index.vocab_size, model.config.vocabulary
+    if mine < theirs:
+        raise ConfigError(f"{store.path}: its vocabulary of {theirs} exceeds {run}'s of {mine}")
+    own = folder / "tokenizer.json"
+    if own.exists() and Tokenizer.open(own).sha256 != store.index.tokenizer_sha256:
+        raise ConfigError(
+            f"{store.path}: made with another tokenizer than {run}; prepare it again with --tokenizer {run}"
+        )
