@@ -63,7 +63,8 @@ def test_a_signal_between_two_steps_saves(store, tmp_path, monkeypatch):
     assert checkpoint.list_checkpoints(tmp_path / "run")[-1].name == "00000006"
 
 
-def test_damaged_best_weights_do_not_keep_a_run_from_going_on(store, tmp_path):
+@pytest.mark.parametrize("damage", ["emptied", "deleted"])
+def test_damaged_best_weights_do_not_keep_a_run_from_going_on(store, tmp_path, damage):
     kept = CheckpointConfig(keep=2)
     fit(tiny_run(store, checkpoint=kept), tmp_path / "run")
     newest, older = (checkpoint.list_checkpoints(tmp_path / "run")[n] for n in (-1, -2))
@@ -74,6 +75,8 @@ def test_damaged_best_weights_do_not_keep_a_run_from_going_on(store, tmp_path):
     files = manifest.files | {"training/state.json": checkpoint._hash_file(newest / "training" / "state.json")}
     manifest.model_copy(update={"files": files}).write(newest / "manifest.json")
     (older / "manifest.json").write_text("{}")
+    if damage == "deleted":
+        (older / "manifest.json").unlink()
     display = Notes()
     outcome = fit(tiny_run(store, budget=BudgetConfig(steps=16)), tmp_path / "run", resume=True, display=display)
     assert outcome.step == 16

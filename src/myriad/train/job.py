@@ -146,7 +146,8 @@ def _forget_damaged_best(job: Job) -> None:
     if progress.best_step is None:
         return
     try:
-        checkpoint.intact_folder(job.checkpoint_folders / f"{progress.best_step:08d}")
+        best = job.checkpoint_folders / f"{progress.best_step:08d}"
+        checkpoint.verify(best, checkpoint.Manifest.read(best / checkpoint.MANIFEST))
     except CheckpointError as error:
         job.display.note(f"the best weights are lost: {error}")
         progress.best_step, progress.best_loss = None, None
