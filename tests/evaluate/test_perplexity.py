@@ -1,3 +1,4 @@
+import copy
 import math
 
 import numpy as np
@@ -139,6 +140,13 @@ def test_planted_leaks_are_caught(model):
         check_causality(Leaky(model, 1), ids)
     with pytest.raises(RunError, match="mixes the sequences"):
         check_causality(Leaky(model, 0), ids)
+
+
+def test_broken_weights_are_called_broken(model):
+    broken = copy.deepcopy(model)
+    broken.embedding.weight.data[3] = float("nan")
+    with pytest.raises(RunError, match="not finite"):
+        check_causality(broken, torch.randint(257, (3, 20)))
 
 
 def test_training_mode_is_left_as_it_was(model, store):

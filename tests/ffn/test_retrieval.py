@@ -40,7 +40,7 @@ def test_the_side_of_a_square(side):
 
 @pytest.mark.parametrize("experts", [1000, 31**2 + 1, 32**2 - 1])
 def test_a_number_that_is_no_square_names_the_nearest(experts):
-    expected = rf"nearest to {experts:,}: 31\*\*2 = 961 and 32\*\*2 = 1,024"
+    expected = rf"nearest to {experts}: 31\*\*2 = 961 and 32\*\*2 = 1024"
     with pytest.raises(ConfigError, match=expected):
         side_of(experts)
 

@@ -132,7 +132,7 @@ def test_every_config_survives_a_round_trip():
         ({"kv_heads": 3, "heads": 4}, "does not divide"),
         ({"pattern": ["pear"]}, "did you mean 'peer'"),
         ({"ffns": {"a": {"kind": "dense"}, "b": {"kind": "dense"}}, "pattern": ["a"]}, "placed in no block"),
-        ({"ffns": {"a": {"kind": "peer", "experts": 1000}}, "pattern": ["a"]}, r"31\*\*2 = 961 and 32\*\*2 = 1,024"),
+        ({"ffns": {"a": {"kind": "peer", "experts": 1000}}, "pattern": ["a"]}, r"31\*\*2 = 961 and 32\*\*2 = 1024"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(settings, message):

@@ -1,5 +1,7 @@
 """Whether a model sees the future, or the other sequences of its batch. Both would make its figures worthless."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -47,6 +49,8 @@ def check_causality(model: LanguageModel, ids: Tensor) -> None:
         RunError: an earlier logit depends on a later token, or on another sequence.
     """
     leak = future_leak(model, ids, ids.shape[1] // 2)
+    if math.isnan(leak):
+        raise RunError("the model's logits are not finite: its weights are broken")
     if not leak <= TOLERANCE:
         raise RunError(f"the model sees the future: later tokens move earlier logits by {leak:.1e} of the largest")
     leak = batch_leak(model, ids)

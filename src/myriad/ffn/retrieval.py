@@ -27,8 +27,8 @@ def side_of(experts: int) -> int:
     """
     side = math.isqrt(experts)
     if side * side != experts:
-        low, high = f"{side}**2 = {side**2:,}", f"{side + 1}**2 = {(side + 1) ** 2:,}"
-        raise ConfigError(f"experts must be a square for product keys; nearest to {experts:,}: {low} and {high}")
+        low, high = f"{side}**2 = {side**2}", f"{side + 1}**2 = {(side + 1) ** 2}"
+        raise ConfigError(f"experts must be a square for product keys; nearest to {experts}: {low} and {high}")
     return side
 
 
