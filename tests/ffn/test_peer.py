@@ -207,8 +207,7 @@ def test_a_number_of_experts_that_is_no_square_names_the_nearest():
     with pytest.raises(ConfigError) as caught:
         validate(FFNConfig, {"kind": "peer", "experts": 1_000_000 - 1})
     assert str(caught.value) == (
-        "experts: experts must be a square for product keys; "
-        "nearest to 999999: 999**2 = 998001 and 1000**2 = 1000000"
+        "experts: experts must be a square for product keys; nearest to 999999: 999**2 = 998001 and 1000**2 = 1000000"
     )
 
 
