@@ -10,18 +10,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from calling import Caller, Result, call_in_a_fresh_process
+from calling import Result, call_in_a_fresh_process
 
 from myriad import checkpoint
 from myriad.data.store import Store, prepare
 from myriad.train import fit, loop
 from myriad.train.run import BudgetConfig
 from tiny import tiny_model, tiny_run
-
-
-@pytest.fixture
-def myriad(monkeypatch, capsys) -> Caller:
-    return Caller(monkeypatch, capsys)
 
 
 @pytest.fixture(scope="module")

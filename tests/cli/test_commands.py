@@ -7,18 +7,12 @@ import time
 
 import pytest
 import yaml
-from calling import Caller, call_in_a_fresh_process
+from calling import call_in_a_fresh_process
 
 import myriad as package
 from myriad import ffn, presets
 from myriad.config import validate
 from myriad.train import RunConfig
-
-
-@pytest.fixture
-def myriad(monkeypatch, capsys) -> Caller:
-    return Caller(monkeypatch, capsys)
-
 
 VERBS = ("train", "eval", "generate", "demo", "presets", "data", "config")
 

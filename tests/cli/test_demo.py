@@ -2,14 +2,6 @@
 
 import json
 
-import pytest
-from calling import Caller
-
-
-@pytest.fixture
-def myriad(monkeypatch, capsys) -> Caller:
-    return Caller(monkeypatch, capsys)
-
 
 def test_the_demo_leaves_two_runs_a_report_and_a_plot(myriad, tmp_path, text):
     (tmp_path / "text").mkdir()

@@ -3,7 +3,6 @@ import math
 from pathlib import Path
 
 import pytest
-from calling import Caller
 
 from myriad import checkpoint
 from myriad.data.store import Store, hash_of_hashes, prepare
@@ -25,11 +24,6 @@ KEYS = {
     "split",
     "data_sha256",
 }
-
-
-@pytest.fixture
-def myriad(monkeypatch, capsys) -> Caller:
-    return Caller(monkeypatch, capsys)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from calling import Caller, call_in_a_fresh_process
+from calling import call_in_a_fresh_process
 
 from myriad import checkpoint, presets
 from myriad.data.store import Store
@@ -23,11 +23,6 @@ TINY = [
     "evaluation.tokens=256",
 ]
 """Overrides that make the demo presets tiny."""
-
-
-@pytest.fixture
-def myriad(monkeypatch, capsys) -> Caller:
-    return Caller(monkeypatch, capsys)
 
 
 @pytest.fixture(scope="module")

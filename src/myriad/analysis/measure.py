@@ -60,9 +60,8 @@ def measure_run(
     store.verify()
     _refuse_misfit(run, folder, model, store)
     splits = [store.split(name) for name in (store.index.splits if split == "all" else [split])]
-    check_causality(
-        model, torch.randint(model.config.vocabulary, (2, min(PROBE_TOKENS, model.config.context))).to(device)
-    )
+    probe = torch.arange(2 * min(PROBE_TOKENS, model.config.context), device=device) % model.config.vocabulary
+    check_causality(model, probe.view(2, -1))
     total = sum(len(part.tokens) for part in splits)
     found = evaluate(
         model,
