@@ -13,7 +13,7 @@ from myriad.data.tokenizer import Tokenizer
 from myriad.evaluate import Perplexity, check_causality, evaluate
 from myriad.models import LanguageModel
 from myriad.train import RunConfig
-from myriad.train.session import store_path
+from myriad.train.stores import store_path
 
 PROBE_TOKENS = 64
 """Length of the sequences on which causality is checked."""
