@@ -36,6 +36,8 @@ OWNERS = {  # package -> where alone it may be imported
     "transformers": "hf/",
     "numba": "kernels/cpu/",
     "triton": "kernels/triton/",
+    "tensorboard": "train/trackers.py",
+    "wandb": "train/trackers.py",
     "pickle": "nowhere",
     "cloudpickle": "nowhere",
     "dill": "nowhere",

@@ -53,7 +53,7 @@ def save(tokenizer) -> Callable[..., Path]:
             run_config={"any": "thing"},
             tokenizer=tokenizer,
             end_id=256,
-            tensors={"optimizer": {"m": torch.full((5,), float(step))}, "random": {"cpu": torch.get_rng_state()}},
+            tensors={"optimizer": {"m": torch.full((5,), float(step))}},
             state={"step": step},
         )
         checkpoint.publish(run, written, None)
@@ -165,7 +165,8 @@ def test_nothing_is_pickled(store, tmp_path, monkeypatch):
     fit(run, tmp_path / "run")
     fit(run.model_copy(update={"budget": BudgetConfig(steps=6)}), tmp_path / "run", resume=True)
     load(tmp_path / "run")
-    assert {path.suffix for path in files_of(tmp_path / "run")} == {".json", ".jsonl", ".safetensors"}
+    suffixes = {path.suffix for path in files_of(tmp_path / "run") if path.name != ".lock"}
+    assert suffixes == {".json", ".jsonl", ".safetensors"}
     for path in files_of(tmp_path / "run"):
         if path.suffix != ".safetensors":
             [json.loads(line) for line in ([path.read_text()] if path.suffix == ".json" else path.open())]
@@ -208,7 +209,7 @@ def test_damage_to_any_file_of_a_checkpoint_is_noticed_and_names_the_file(save, 
     written = save(tmp_path / "run", 1, make_model(0))
     folder = unlinked_copy(written, tmp_path / "copy")
     dice = random.Random(0)
-    assert len(files_of(folder)) == 9
+    assert len(files_of(folder)) == 8
     for path in files_of(folder):
         whole = path.read_bytes()
         for how, broken in damages(whole, dice, flips=12):

@@ -4,7 +4,7 @@
       run.json  config.json  model.safetensors  tokenizer.json   the best weights (else the last), hard links
       index.json                          which checkpoint that is, and the hashes; replaced last
       checkpoints/00000100/               the same files, and
-        training/                         the optimizer's moments, random states, counters
+        training/                         the optimizer's moments, counters
         manifest.json                     size and SHA-256 of every file
       metrics.jsonl  sessions.jsonl       written by the training loop
 

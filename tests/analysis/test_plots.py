@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 
+from myriad.analysis import plots
 from myriad.analysis.compare import Curve
-from myriad.analysis.plots import expert_usage, loss_curves, running_mean
+from myriad.analysis.plots import MAX_POINTS, expert_usage, extremes, learning_curve, loss_curves, running_mean
 from myriad.analysis.routing import LayerUsage
 
 CURVES = [
@@ -41,20 +42,60 @@ def test_looks_differ():
     assert height > width
 
 
+ODD_CURVES = [
+    Curve("empty", [], [], [], []),
+    Curve("one", [64], [3.0], [64], [2.0]),
+    Curve("broken", [64, 128], [math.nan, math.nan], [128], [math.nan]),
+    Curve("gap", [64, 128, 192], [3.0, math.nan, 2.0], [64, 192], [2.0, math.nan]),
+    Curve("infinite", [64, 128], [math.inf, 2.0], [], []),
+    Curve("validated only", [], [], [64, 128], [2.0, 1.5]),
+]
+
+
 @pytest.mark.parametrize(
     "curves",
     [
         [],
-        [Curve("empty", [], [], [], [])],
-        [Curve("one", [64], [3.0], [64], [2.0])],
-        [Curve("broken", [64, 128], [math.nan, math.nan], [128], [math.nan])],
-        [Curve("gap", [64, 128, 192], [3.0, math.nan, 2.0], [64, 192], [2.0, math.nan])],
-        [Curve("infinite", [64, 128], [math.inf, 2.0], [], [])],
+        *([curve] for curve in ODD_CURVES),
         CURVES * 5,
     ],
 )
 def test_odd_curves_can_be_drawn(curves):
     size(loss_curves(curves))
+
+
+@pytest.mark.parametrize("curve", [*CURVES, *ODD_CURVES])
+def test_any_curve_of_one_run_can_be_drawn(curve, tmp_path):
+    losses = [bits * math.log(2) for bits in curve.validation_bits]
+    png = learning_curve(curve, losses, tmp_path / "curve.png")
+    assert size(png)[0] >= 900
+    assert (tmp_path / "curve.png").read_bytes() == png
+    assert learning_curve(curve, losses, dark=True) != png
+
+
+@pytest.mark.parametrize(("bits", "shown"), [([2.0, 1.0], True), ([2.0, 1.2], False), ([math.nan, 1.0], True)])
+def test_bits_per_byte_are_a_second_scale_while_the_text_is_the_same(bits, shown, monkeypatch):
+    labels = []
+    monkeypatch.setattr(plots, "_to_png", lambda figure, _: labels.extend(_axis_labels(figure)))
+    learning_curve(Curve("run", [64, 128], [4.0, 2.0], [64, 128], bits), [3.0, 1.5])
+    assert ("bits per byte" in labels) == shown
+
+
+def _axis_labels(figure):
+    (axes,) = figure.axes
+    return [each.get_ylabel() for each in (axes, *axes.child_axes)]
+
+
+def test_extremes_keep_what_would_be_seen():
+    values = np.zeros(100_000)
+    values[[7, 50_000, 99_999]] = 3.0, -2.0, 5.0
+    values[60_000:70_000] = math.nan
+    shown = extremes(values)
+    assert len(shown) <= MAX_POINTS
+    assert (np.diff(shown) > 0).all()
+    assert {7, 50_000, 99_999} <= set(shown.tolist())
+    assert np.isnan(values[shown]).any()
+    assert extremes([3.0, 1.0, 2.0]).tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -75,6 +116,13 @@ def test_usage_can_be_drawn(layers, tmp_path):
 def test_the_running_mean_of_a_line_is_the_line():
     values = np.linspace(5, 1, 800)
     assert np.allclose(running_mean(values)[20:-20], values[20:-20])
+
+
+def test_the_running_mean_does_not_flatten_a_steep_start():
+    values = 10 / np.arange(1, 2001) ** 0.5
+    smooth = running_mean(values)
+    assert smooth[0] == 10
+    assert (np.abs(smooth / values - 1) < 0.15).all()
 
 
 def test_the_running_mean_leaves_out_what_is_not_finite():

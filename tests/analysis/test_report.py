@@ -9,7 +9,7 @@ from run_folders import RECORDS, SESSION, make_run, perplexity, train_record
 from myriad.analysis.compare import load_contender, load_curve, verdict
 from myriad.analysis.report import Sample, describe_corpus, duration, number, percent, visible, whole, write_report
 from myriad.analysis.routing import LayerUsage
-from myriad.data.store import prepare
+from myriad.data.prepare import Recipe, prepare
 
 CORPUS = {
     "source": "python",
@@ -151,7 +151,7 @@ def test_the_corpus_is_described_by_its_store(tmp_path):
     (tmp_path / "text").mkdir()
     for index in range(40):
         (tmp_path / "text" / f"{index}.txt").write_text(f"some words of document {index}\n" * 3)
-    store = prepare(tmp_path / "text", "bytes", tmp_path / "store")
+    store = prepare(Recipe(source=tmp_path / "text", tokenizer="bytes"), tmp_path / "store")
     corpus = describe_corpus(store)
     assert corpus.keys() == CORPUS.keys()
     assert corpus["splits"]["train"].keys() == CORPUS["splits"]["test"].keys()

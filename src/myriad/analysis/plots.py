@@ -1,10 +1,11 @@
-"""Figures as PNG: losses against tokens, and how evenly a model uses its experts.
+"""Figures as PNG: losses against tokens, of one run and of several, and how evenly a model uses its experts.
 
 The only importer of matplotlib, through its object-oriented interface: no window, no global figure. Every figure
 comes in a light and a dark look, and with its panels side by side or stacked for narrow screens.
 """
 
 import io
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,9 @@ from myriad.analysis.routing import LayerUsage
 DPI = 160
 MAX_LEGEND = 8
 MAX_POINTS = 2000
+MAX_MARKERS = 40
+SAME_TEXT = 1e-3
+"""Ratios of bits per byte to nats per token that differ by less than this share are of the same text."""
 STEEP_SHARE = 0.04
 """The first part of a run, in which the training loss may fall steeply."""
 STEEP_FALL = 1.25
@@ -92,34 +96,142 @@ def _draw_training(axes: Axes, curve: Curve, look: dict[str, Any]) -> None:
 
 
 def _limit_training(axes: Axes, curves: Sequence[Curve], theme: Theme) -> None:
-    """Where a steep fall at the start would flatten the rest, let the axis begin below it, and say so."""
     values = np.concatenate([[], *(curve.train_loss for curve in curves)])
-    tails = np.concatenate([[], *(_without_start(curve.train_loss) for curve in curves)])
+    _limit(axes, values, np.concatenate([[], *(_without_start(curve.train_loss) for curve in curves)]), theme)
+
+
+def _limit(axes: Axes, values: np.ndarray, tails: np.ndarray, theme: Theme) -> None:
+    """Where a steep fall at the start would flatten the rest, let the axis begin below it, and say so."""
     values, tails = values[np.isfinite(values)], tails[np.isfinite(tails)]
     if len(tails) and values.max() - tails.min() > STEEP_FALL * np.ptp(tails):
-        axes.set_ylim(top=tails.max())
-        note = f"not shown: the fall from {values.max():.3g}"
-        axes.text(0.02, 0.02, note, transform=axes.transAxes, color=theme.faint, fontsize=8)
+        room = 0.04 * (np.ptp(tails) or 1)
+        axes.set_ylim(tails.min() - room, tails.max() + room)
+        note = f"{axes.get_xlabel()} (not shown: the fall from {values.max():.3g})"
+        axes.set_xlabel(note, color=theme.faint)
 
 
 def _without_start(losses: list[float]) -> list[float]:
     return losses[math.ceil(STEEP_SHARE * len(losses)) :]
 
 
-def running_mean(values: Sequence[float]) -> np.ndarray:
+def running_mean(values: Sequence[float] | np.ndarray) -> np.ndarray:
     """The mean over a centered window of about a twentieth of the values, those that are not finite left out.
 
-    NaN where the whole window has none. At both ends the window is cut off, so no value is shifted.
+    NaN where the whole window has none. At the start, where losses fall fast, it is narrower; at the end it is cut
+    off: no value is shifted.
     """
     raw = np.asarray(values, dtype=np.float64)
     finite = np.isfinite(raw)
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, raw, 0.0))])
     counts = np.concatenate([[0], np.cumsum(finite)])
-    half = len(raw) // 40
-    first = np.maximum(np.arange(len(raw)) - half, 0)
-    last = np.minimum(np.arange(len(raw)) + half + 1, len(raw))
+    places = np.arange(len(raw))
+    half = np.minimum(places // 2, len(raw) // 40)
+    first, last = places - half, np.minimum(places + half + 1, len(raw))
     number = counts[last] - counts[first]
     return np.where(number > 0, (sums[last] - sums[first]) / np.maximum(number, 1), np.nan)
+
+
+def learning_curve(
+    curve: Curve, validation_loss: Sequence[float], path: str | Path | None = None, *, dark: bool = False
+) -> bytes:
+    """Training and validation loss of one run against training tokens, and what they are in bits per byte.
+
+    The second scale is that of the validation split; it is left out where its tokens per byte changed.
+
+    Args:
+        curve: the run.
+        validation_loss: in nats per token, one for each validation of the curve.
+        path: where to write the figure too.
+        dark: for a dark page.
+
+    Returns:
+        A PNG.
+    """
+    theme = DARK if dark else LIGHT
+    figure = _new_figure(theme, stacked=False, panels=1)
+    axes = figure.subplots()
+    _style(axes, theme, curve.name, "training tokens", "nats per token")
+    _draw_noise(axes, curve, theme.runs[0])
+    _draw_validation(axes, curve.validation_tokens, validation_loss, theme)
+    _limit_both(axes, curve, validation_loss, theme)
+    _add_bits(axes, curve.validation_bits, validation_loss, theme)
+    axes.set_title(_best(curve, validation_loss), loc="right", fontsize=9, color=theme.faint)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_xlim(0, 1.01 * max([*curve.train_tokens[-1:], *curve.validation_tokens[-1:]], default=1))
+    _finish(axes, theme, "nothing recorded")
+    return _to_png(figure, path)
+
+
+def _draw_noise(axes: Axes, curve: Curve, color: str) -> None:
+    """The training loss, thin, behind its running mean."""
+    if not curve.train_tokens:
+        return
+    tokens, loss = np.asarray(curve.train_tokens), np.asarray(curve.train_loss)
+    shown = extremes(loss)
+    axes.plot(tokens[shown], loss[shown], color=color, alpha=0.25, linewidth=0.6, zorder=1.5)
+    marker = "o" if len(tokens) == 1 else ""
+    smooth = running_mean(loss)
+    shown = extremes(smooth)
+    axes.plot(tokens[shown], smooth[shown], color=color, linewidth=2, marker=marker, label="training, running mean")
+
+
+def _draw_validation(axes: Axes, tokens: Sequence[int], losses: Sequence[float], theme: Theme) -> None:
+    if not tokens:
+        return
+    marker = "o" if len(tokens) <= MAX_MARKERS else ""
+    look = {"marker": marker, "markersize": 4.5, "markeredgecolor": theme.paper, "markeredgewidth": 0.8}
+    axes.plot(tokens, losses, color=theme.runs[1], linewidth=1.4, label="validation", **look, zorder=3)
+
+
+def _limit_both(axes: Axes, curve: Curve, validation_loss: Sequence[float], theme: Theme) -> None:
+    tokens = np.array([*curve.train_tokens, *curve.validation_tokens], dtype=np.float64)
+    losses = np.array([*curve.train_loss, *validation_loss], dtype=np.float64)
+    _limit(axes, losses, losses[tokens > STEEP_SHARE * tokens.max(initial=0)], theme)
+
+
+def _add_bits(axes: Axes, bits: Sequence[float], losses: Sequence[float], theme: Theme) -> None:
+    """A second scale at the right, in bits per byte."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = np.asarray(bits, dtype=np.float64) / np.asarray(losses, dtype=np.float64)
+    ratios = ratios[np.isfinite(ratios) & (ratios > 0)]
+    if not len(ratios) or np.ptp(ratios) > SAME_TEXT * ratios.max():
+        return
+    ratio = float(ratios[-1])
+    right = axes.secondary_yaxis("right", functions=(lambda x: np.multiply(x, ratio), lambda x: np.divide(x, ratio)))
+    right.set_ylabel("bits per byte", color=theme.faint)
+    right.tick_params(colors=theme.faint, length=0)
+    right.spines[:].set_visible(False)
+    right.yaxis.set_major_locator(MaxNLocator(6))
+
+
+def _best(curve: Curve, validation_loss: Sequence[float]) -> str:
+    """The lowest validation loss, in words; nothing where there is none."""
+    rows = zip(validation_loss, curve.validation_bits, curve.validation_tokens, strict=True)
+    best = min((row for row in rows if math.isfinite(row[0])), default=None)
+    if best is None:
+        return ""
+    loss, bits, tokens = best
+    in_bits = f" ({bits:.3f} bits per byte)" if math.isfinite(bits) else ""
+    at = EngFormatter(sep="", places=1 if tokens >= 1000 else 0)(tokens)
+    return f"best validation {loss:.3f}{in_bits} at {at} tokens"
+
+
+def extremes(values: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Which of many values to draw, so that a noisy line looks as it would with all of them.
+
+    Of each stretch the lowest and the highest; all, where there are no more than a figure can show.
+
+    Returns:
+        Ascending indices.
+    """
+    raw = np.asarray(values, dtype=np.float64)
+    if len(raw) <= MAX_POINTS:
+        return np.arange(len(raw))
+    finite = np.isfinite(raw)
+    lows, highs = np.where(finite, raw, np.inf), np.where(finite, raw, -np.inf)
+    edges = np.linspace(0, len(raw), MAX_POINTS // 2 + 1).astype(np.int64)
+    spans = [slice(first, last) for first, last in itertools.pairwise(edges)]
+    return np.unique([span.start + part[span].argmin() for span in spans for part in (lows, -highs)])
 
 
 def expert_usage(

@@ -32,6 +32,7 @@ def demo(
     """Train PEER against a dense twin on the standard library's sources, and report. Resumes if interrupted."""
     import time
 
+    from myriad.analysis.curve import LearningCurve
     from myriad.cli.train import resolve_run
     from myriad.train import fit
     from myriad.train.record import Terminal
@@ -40,7 +41,7 @@ def demo(
     folders = {name: out / preset for name, preset in CONTENDERS.items()}
     for name, preset in CONTENDERS.items():
         run, _ = resolve_run(preset, [*(overrides or []), f"out={folders[name]}"])
-        outcome = fit(run, folders[name], resume=True, display=Terminal(name))
+        outcome = fit(run, folders[name], resume=True, display=Terminal(name), trackers=[LearningCurve])
         if not outcome.finished:
             again = shlex.join(["myriad", "demo", "--out", str(out), *(overrides or [])])
             typer.echo(f"{folders[name]}: saved ({outcome.reason}); to continue: {again}")

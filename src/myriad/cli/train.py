@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from myriad.train import RunConfig
+    from myriad.train.loop import Outcome
 
 
 def train(
@@ -20,24 +22,47 @@ def train(
     ),
     resume: bool = typer.Option(False, "--resume", help="Continue the run from its newest intact checkpoint."),
     kernels: str = typer.Option(None, help="auto, reference, ...; default: as before when resuming, else auto."),
+    track: list[str] = typer.Option(
+        [], "--track", metavar="TRACKER", help="tensorboard or wandb: also send the figures there. May be repeated."
+    ),
     quiet: bool = typer.Option(False, "--quiet", help="Show no progress."),
 ) -> None:
     """Train a model. Ctrl-C or SIGTERM finishes the step, saves, and says how to go on."""
+    from myriad.analysis.curve import LearningCurve
+    from myriad.distributed import joined, rank
     from myriad.train import fit
     from myriad.train.record import Silent, Terminal
+    from myriad.train.trackers import named
 
-    run, name = resolve_run(target, overrides or [])
-    out = Path(run.out or f"runs/{name}")
-    display = Silent() if quiet else Terminal(name)
-    outcome = fit(run, out, resume=resume, kernel=kernels, display=display)
+    with joined():
+        trackers = [LearningCurve, *named(track)]
+        run, name = resolve_run(target, overrides or [])
+        out = Path(run.out or f"runs/{name}")
+        display = Silent() if quiet or rank() else Terminal(name)
+        outcome = fit(run, out, resume=resume, kernel=kernels, display=display, trackers=trackers)
+        if rank() == 0:
+            imports = command.parent.params.get("imports", []) if command.parent else []
+            typer.echo(_end(out, outcome, imports))
+
+
+def _end(out: Path, outcome: Outcome, imports: list[str]) -> str:
+    """How a session ended, and how to go on from there."""
     if outcome.finished:
         best = "" if outcome.best_loss is None else f", best validation loss {outcome.best_loss:.4f}"
-        typer.echo(f"{out}: finished after step {outcome.step} ({outcome.reason}){best}")
-    else:
-        imports = command.parent.params.get("imports", []) if command.parent else []
-        options = [word for module in imports for word in ("--import", module)]
-        again = shlex.join(["myriad", *options, "train", str(out), "--resume"])
-        typer.echo(f"{out}: saved ({outcome.reason}); to continue: {again}")
+        return f"{out}: finished after step {outcome.step} ({outcome.reason}){best}"
+    options = [word for module in imports for word in ("--import", module)]
+    again = shlex.join([*_command(), *options, "train", str(out), "--resume"])
+    return f"{out}: saved ({outcome.reason}); to continue: {again}"
+
+
+def _command() -> list[str]:
+    """How this program was called: under torchrun where that has started several processes."""
+    from myriad.distributed import world_size
+
+    if world_size() == 1:
+        return ["myriad"]
+    here = os.environ.get("LOCAL_WORLD_SIZE", str(world_size()))
+    return ["torchrun", "--nproc-per-node", here, "-m", "myriad"]
 
 
 def resolve_run(target: str, overrides: list[str]) -> tuple[RunConfig, str]:

@@ -7,12 +7,14 @@ first ones of the text as many as there are); the last window ends with the text
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from myriad import distributed
 from myriad.config import ConfigError
 from myriad.data.store import Split
 from myriad.models import LanguageModel
@@ -86,7 +88,7 @@ def evaluate(
     limit: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Perplexity:
-    """Measure a model on the text of some splits.
+    """Measure a model on the text of some splits. Where there are many processes, each takes its share of the windows.
 
     Args:
         model: put in eval mode for the while.
@@ -111,9 +113,20 @@ def evaluate(
         found, count = _sum_losses(model, tokens, end_id, context, stride, progress)
         nats, targets = nats + found, targets + count
         words, size = words + share * split.words, size + share * split.bytes
+    nats, targets = _total(nats, targets)
     if not targets:
         raise ConfigError("nothing to evaluate: the text has no tokens")
     return Perplexity(nats / targets, targets, round(words), round(size), context, stride)
+
+
+def _total(nats: float, targets: int) -> tuple[float, int]:
+    """The sums over all processes."""
+    if distributed.world_size() == 1:
+        return nats, targets
+    device = distributed.device()
+    sums = [torch.tensor(nats, dtype=torch.float64, device=device), torch.tensor(targets, device=device)]
+    found, count = distributed.total(sums)
+    return found.item(), int(count)
 
 
 def _check_windows(context: int, stride: int, longest: int) -> None:
@@ -136,7 +149,8 @@ def _sum_losses(
     model.eval()
     nats, count = 0.0, 0
     try:
-        for batch in _batches(windows(len(tokens), context, stride), max(1, TOKENS_PER_BATCH // context)):
+        mine = islice(windows(len(tokens), context, stride), distributed.rank(), None, distributed.world_size())
+        for batch in _batches(mine, max(1, TOKENS_PER_BATCH // context)):
             ids, targets = _tensors(batch, tokens, end_id)
             device = next(model.parameters()).device
             with torch.inference_mode():

@@ -1,6 +1,7 @@
 """A job: what a run's config built, how far it is, and how that is saved and restored.
 
-A checkpoint holds everything that the rest of the run depends on: weights, moments, random states and counters.
+A checkpoint holds everything that the rest of the run depends on: weights, moments and counters. Random numbers
+need no state: each step's are seeded by its number.
 """
 
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from myriad import checkpoint, kernels
+from myriad import checkpoint, distributed, kernels
 from myriad.checkpoint import CheckpointError
 from myriad.data.store import Split, Store
 from myriad.data.stream import Stream
@@ -20,6 +21,7 @@ from myriad.models import LanguageModel
 from myriad.train.optim import NamedState, RoleOptimizer, optimizer_state, restore_optimizer
 from myriad.train.precision import Precision
 from myriad.train.record import Display
+from myriad.train.replica import Replica
 from myriad.train.run import RunConfig
 
 
@@ -52,6 +54,8 @@ class Job:
     folder: Path
     store: Store
     model: LanguageModel
+    replica: Replica
+    """The model as this process trains it."""
     optimizer: RoleOptimizer
     stream: Stream
     validation: Split
@@ -61,8 +65,10 @@ class Job:
     """Steps of the whole budget."""
     display: Display
     progress: Progress = field(default_factory=Progress)
+    signals: set[str] = field(default_factory=set)
+    """Names of the signals that asked this process to stop."""
     stop_signal: str | None = None
-    """The name of a signal that asked the run to stop."""
+    """The signal at which all processes have agreed to stop."""
     saved_step: int | None = None
     """The step of the newest checkpoint."""
 
@@ -72,7 +78,13 @@ class Job:
 
 
 def save(job: Job) -> None:
-    """Write a checkpoint, show the best in the run folder, and delete what is no longer kept."""
+    """Write a checkpoint, show the best in the run folder, and delete what is no longer kept.
+
+    The first process writes; the others, which hold the same, go on to the next exchange and wait there.
+    """
+    job.saved_step = job.progress.step
+    if distributed.rank():
+        return
     moments = optimizer_state(job.optimizer, parameter_names(job.model))
     state = {
         "progress": asdict(job.progress),
@@ -88,10 +100,9 @@ def save(job: Job) -> None:
         run_config=job.run.model_dump(mode="json"),
         tokenizer=job.store.path / "tokenizer.json",
         end_id=job.store.index.end_id,
-        tensors={"optimizer": moments.tensors, "random": _random_states()},
+        tensors={"optimizer": moments.tensors},
         state=state,
     )
-    job.saved_step = job.progress.step
     publish(job, written)
 
 
@@ -105,13 +116,6 @@ def publish(job: Job, newest: Path) -> None:
 def parameter_names(model: LanguageModel) -> dict[Tensor, str]:
     """Parameter -> name."""
     return {parameter: name for name, parameter in model.named_parameters()}
-
-
-def _random_states() -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
 
 
 def restore(job: Job, folder: Path) -> None:
@@ -129,28 +133,26 @@ def restore(job: Job, folder: Path) -> None:
         job.progress = TypeAdapter(Progress).validate_python(state["progress"])
         names = parameter_names(job.model)
         restore_optimizer(job.optimizer, names, NamedState(moments, state["optimizer_steps"]))
-        random = checkpoint.read_tensors(training / "random.safetensors")
-        torch.set_rng_state(random["cpu"])
-        if "cuda" in random and torch.cuda.is_available():
-            torch.cuda.set_rng_state(random["cuda"])
     except (KeyError, TypeError, ValidationError) as error:
         raise CheckpointError(f"{training}: damaged ({' '.join(str(error).split())})") from None
     job.saved_step = job.progress.step
-    _forget_damaged_best(job)
-    publish(job, folder)
+    if damage := distributed.once(lambda: _damage_of_best(job)):
+        # They cannot be shown again; the next validation finds others.
+        job.display.note(f"the best weights are lost: {damage}")
+        job.progress.best_step, job.progress.best_loss = None, None
+    distributed.once(lambda: publish(job, folder))
 
 
-def _forget_damaged_best(job: Job) -> None:
-    """A best checkpoint that is damaged cannot be shown again; the next validation finds another."""
-    progress = job.progress
-    if progress.best_step is None:
-        return
+def _damage_of_best(job: Job) -> str | None:
+    """What is wrong with the best checkpoint, if anything is."""
+    if job.progress.best_step is None:
+        return None
     try:
-        best = job.checkpoint_folders / f"{progress.best_step:08d}"
+        best = job.checkpoint_folders / f"{job.progress.best_step:08d}"
         checkpoint.verify(best, checkpoint.Manifest.read(best / checkpoint.MANIFEST))
     except CheckpointError as error:
-        job.display.note(f"the best weights are lost: {error}")
-        progress.best_step, progress.best_loss = None, None
+        return str(error)
+    return None
 
 
 def read_state(folder: Path) -> Mapping[str, Any]:

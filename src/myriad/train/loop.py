@@ -10,20 +10,26 @@ and the same metrics as one that was not: everything that it depends on is in th
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from myriad import distributed
 from myriad.config import RunError
 from myriad.evaluate import Perplexity, check_causality, evaluate
 from myriad.train.job import Job, Progress, save
 from myriad.train.optim import clip_gradients
 from myriad.train.precision import autocast
-from myriad.train.record import Metrics, Record
+from myriad.train.record import Record
 from myriad.train.run import RunConfig
+
+STOP_SIGNALS = ("SIGTERM", "SIGINT")
+Loads = list[dict[str, Tensor]]
+"""Each layer's additive statistics."""
 
 
 class Outcome(NamedTuple):
@@ -52,7 +58,9 @@ def train_step(job: Job) -> Record:
     run, progress = job.run, job.progress
     started = time.perf_counter()
     job.model.train()
-    ids, targets = job.stream.batch(progress.position, run.windows_per_step)
+    rank, world = distributed.rank(), distributed.world_size()
+    seed_step(run.seed, progress.step, rank)
+    ids, targets = job.stream.batch(progress.position, run.windows_per_step, rank, world)
     loss, aux_loss, loads = _backward(job, ids, targets)
     norm = clip_gradients(job.model.parameters(), run.optim.clip)
     scale = run.optim.scale(progress.step, job.steps)
@@ -83,29 +91,51 @@ def train_step(job: Job) -> Record:
     }
 
 
-def _backward(job: Job, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, list[dict[str, Tensor]]]:
-    """Gradients of the mean loss over a step's targets; returns it, the auxiliary loss and the summed loads."""
-    windows = job.run.micro_tokens // job.run.model.context
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Make a step's random numbers (dropout's) a function of the run's seed, the step and the process."""
+    state = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)
+    torch.manual_seed(int(state[0]))
+
+
+def _backward(job: Job, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Loads]:
+    """Gradients of the mean loss over a step's targets, over all micro-batches and processes.
+
+    Returns:
+        the loss, the auxiliary loss and the loads, the same in every process.
+    """
+    world = distributed.world_size()
+    windows = job.run.micro_windows // world
     parts = list(zip(ids.split(windows), targets.split(windows), strict=True))
-    count = int((targets >= 0).sum())
+    count = targets.numel() * world  # the stream gives every position a target
     loss, aux_loss = torch.zeros((), device=job.device), torch.zeros((), device=job.device)
-    loads: list[dict[str, Tensor]] = []
-    for part_ids, part_targets in parts:
-        with autocast(job.precision, job.device):
-            output = job.model(part_ids.to(job.device), targets=part_targets.to(job.device))
-        mean, aux = output.loss / count, output.aux_loss / len(parts)
-        (mean + aux).backward()
+    loads: Loads = []
+    for number, (part_ids, part_targets) in enumerate(parts, 1):
+        with job.replica.collecting(last=number == len(parts)):
+            with autocast(job.precision, job.device):
+                output = job.replica(part_ids.to(job.device), part_targets.to(job.device))
+            assert output.loss is not None
+            mean, aux = output.loss / count, output.aux_loss / (len(parts) * world)
+            (mean + aux).backward()
         loss, aux_loss = loss + mean.detach(), aux_loss + aux.detach()
         loads = _add_loads(loads, output.loads)
-    return loss, aux_loss, loads
+    job.replica.total_tables()
+    return _total(loss, aux_loss, loads)
 
 
-def _add_loads(total: list[dict[str, Tensor]], more: tuple[dict[str, Tensor], ...]) -> list[dict[str, Tensor]]:
+def _add_loads(total: Loads, more: tuple[dict[str, Tensor], ...]) -> Loads:
     if not total:
         return list(more)
     return [
         {name: value + part[name] for name, value in layer.items()} for layer, part in zip(total, more, strict=True)
     ]
+
+
+def _total(loss: Tensor, aux_loss: Tensor, loads: Loads) -> tuple[Tensor, Tensor, Loads]:
+    """The sums over all processes."""
+    values = [value for layer in loads for value in layer.values()]
+    loss, aux_loss, *values = distributed.total([loss, aux_loss, *values])
+    left = iter(values)
+    return loss, aux_loss, [{name: next(left) for name in layer} for layer in loads]
 
 
 def validate(job: Job) -> Record:
@@ -144,27 +174,28 @@ def _validation_record(progress: Progress, run: RunConfig, found: Perplexity) ->
     }
 
 
-def train(job: Job, metrics: Metrics) -> Outcome:
+def train(job: Job, tell: Callable[[Record], None]) -> Outcome:
     """Run a job to the end of its budget, to its early stop, or to a signal.
+
+    Args:
+        job: what to train, and how far it is.
+        tell: takes the record of every step and of every validation.
 
     Raises:
         RunError: the loss stays infinite, or the model sees the future.
     """
-    run, progress, display = job.run, job.progress, job.display
+    run, progress = job.run, job.progress
     _refuse_leaks(job)
-    display.start(progress.step, job.steps)
+    _settle(job)
+    job.display.start(progress.step, job.steps)
     with _catching_signals(job):
-        while progress.step < job.steps and not _stops_early(job) and job.stop_signal is None:
-            record = train_step(job)
-            metrics.write(record)
-            display.show(record)
+        while progress.step < job.steps and not _stops_early(job) and not _must_stop(job):
+            tell(train_step(job))
             if progress.skipped_in_a_row >= run.train.max_skipped:
                 raise RunError(_divergence(job))
             if due(progress.step, run.evaluation.every, job.steps):
-                record = validate(job)
-                metrics.write(record)
-                display.show(record)
-            if _save_is_due(job):
+                tell(validate(job))
+            if _must_stop(job) or _save_is_due(job):
                 save(job)
         if job.stop_signal is not None and job.saved_step != progress.step:
             save(job)  # the signal came between two steps
@@ -182,19 +213,35 @@ def _refuse_leaks(job: Job) -> None:
     job.model.train(training)
 
 
+def _settle(job: Job) -> None:
+    """Bring the exchange of gradients to the state in which every later step finds it."""
+    ids, targets = job.stream.batch(0, distributed.world_size(), distributed.rank(), distributed.world_size())
+    job.model.train()
+    with autocast(job.precision, job.device):
+        job.replica.settle(ids.to(job.device), targets.to(job.device))
+
+
+def _must_stop(job: Job) -> bool:
+    """Whether a signal has reached any process: all of them stop at the same step."""
+    if job.stop_signal is None:
+        asked = [torch.tensor(float(name in job.signals), device=job.device) for name in STOP_SIGNALS]
+        found = [name for name, count in zip(STOP_SIGNALS, distributed.total(asked), strict=True) if count]
+        job.stop_signal = found[0] if found else None
+    return job.stop_signal is not None
+
+
 def _stops_early(job: Job) -> bool:
     patience = job.run.early_stopping.patience
     return patience is not None and job.progress.without_improvement >= patience
 
 
 def _save_is_due(job: Job) -> bool:
-    """At each validation unless told otherwise; whenever the model is the best so far, ends, or must stop."""
+    """At each validation unless told otherwise; whenever the model is the best so far, or the run ends."""
     run, progress = job.run, job.progress
     validated = progress.validated_step == progress.step
     regular = validated if run.checkpoint.every is None else due(progress.step, run.checkpoint.every, job.steps)
     best = validated and progress.best_step == progress.step
-    ends = progress.step == job.steps or _stops_early(job)
-    return regular or best or ends or job.stop_signal is not None
+    return regular or best or progress.step == job.steps or _stops_early(job)
 
 
 def _divergence(job: Job) -> str:
@@ -211,12 +258,13 @@ def _catching_signals(job: Job) -> Iterator[None]:
     before: dict[signal.Signals, Any] = {}
 
     def ask_to_stop(number: int, frame: object) -> None:
-        job.stop_signal = signal.Signals(number).name
+        job.signals.add(signal.Signals(number).name)
         for which, handler in before.items():
             signal.signal(which, handler)
 
     try:
-        for which in (signal.SIGTERM, signal.SIGINT):
+        for name in STOP_SIGNALS:
+            which = signal.Signals[name]
             before[which] = signal.signal(which, ask_to_stop)
     except ValueError:
         pass  # only the main thread may catch signals

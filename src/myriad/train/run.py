@@ -61,7 +61,7 @@ class BatchConfig(Config):
     tokens: Count = Field(default=4096, ge=1)
     """Tokens of an optimizer step, a multiple of the model's context."""
     micro_tokens: Count | None = Field(default=None, ge=1)
-    """Tokens computed at once, of which several micro-batches make a step; None: all of them."""
+    """Tokens computed at once, by all processes together, of which several micro-batches make a step; None: all."""
 
 
 class TrainConfig(Config):
@@ -148,6 +148,11 @@ class RunConfig(Config):
     def micro_tokens(self) -> int:
         """Tokens computed at once."""
         return self.batch.micro_tokens or self.batch.tokens
+
+    @property
+    def micro_windows(self) -> int:
+        """Sequences computed at once, by all processes together."""
+        return self.micro_tokens // self.model.context
 
     @property
     def windows_per_step(self) -> int:

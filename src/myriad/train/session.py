@@ -6,15 +6,17 @@
 import json
 import os
 import platform
+import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
-from myriad import __version__, checkpoint, kernels
+from myriad import __version__, checkpoint, distributed, kernels
 from myriad.checkpoint import CheckpointError
 from myriad.config import ConfigError, RunError, validate
 from myriad.data.store import Store
@@ -25,9 +27,11 @@ from myriad.train.job import Job, read_state, restore
 from myriad.train.loop import Outcome, train
 from myriad.train.optim import build_optimizer
 from myriad.train.precision import Precision, resolve_precision
-from myriad.train.record import Display, Metrics, Silent
+from myriad.train.record import Display, Metrics, Record, Silent
+from myriad.train.replica import Replica
 from myriad.train.run import RunConfig
 from myriad.train.stores import open_store, with_store_vocabulary
+from myriad.train.trackers import Opener, Trackers, open_trackers
 
 MAY_CHANGE = ("out", "budget", "train", "evaluation", "early_stopping", "checkpoint")
 """Settings in which a resumed run may differ from its record."""
@@ -40,35 +44,78 @@ def fit(
     resume: bool = False,
     kernel: str | None = None,
     display: Display | None = None,
+    trackers: Sequence[Opener] = (),
 ) -> Outcome:
-    """Train a run in a folder.
+    """Train a run in a folder, in this process or in all that a launcher such as torchrun started.
 
     Args:
         run: the settings.
-        out: the run folder.
+        out: the run folder; only the first process writes there.
         resume: continue a run that is there; without one, start it.
         kernel: the kernels to use; None: those that the run has used before, else `auto`.
-        display: where to show progress.
+        display: where to show progress; the first process does.
+        trackers: are opened for the run in the first process, take every record, and are closed at the end.
 
     Raises:
         MyriadError: settings, data or folder cannot be used, or training failed; the text says why.
     """
     out = Path(out)
-    display = Silent() if display is None else display
-    present = holds_run(out)
-    if present and not resume:
+    with distributed.joined():
+        display = Silent() if display is None or distributed.rank() else display
+        distributed.once(lambda: _refuse_present(out, resume))
+        _refuse_uneven_shares(run)
+        store = _open_store(run, out, display)
+        run = with_store_vocabulary(run, store)
+        with _alone_in(out), _naming_lack_of_memory(run):
+            distributed.once(lambda: _refuse_present(out, resume))
+            newest = _newest_checkpoint(run, out, store, display)
+            kernels.select(kernel or (str(read_state(newest).get("kernels", "auto")) if newest else "auto"))
+            job = _build_job(run, out, store, display, newest)
+            if newest is not None:
+                restore(job, newest)
+            distributed.once(lambda: _record_session(job))
+            with _telling(job, trackers) as tell:
+                return train(job, tell)
+
+
+def _refuse_present(out: Path, resume: bool) -> None:
+    if holds_run(out) and not resume:
         raise ConfigError(f"{out}: already holds a run; --resume continues it, or choose another folder with out=")
-    store = open_store(run.data, out, display)
-    run = with_store_vocabulary(run, store)
-    newest = _newest_checkpoint(run, out, store, display) if present else None
-    kernels.select(kernel or (str(read_state(newest).get("kernels", "auto")) if newest else "auto"))
-    with _naming_lack_of_memory(run):
-        job = _build_job(run, out, store, display, newest)
-        if newest is not None:
-            restore(job, newest)
-        _record_session(job)
-        with closing(Metrics(out / "metrics.jsonl", up_to_step=job.progress.step)) as metrics, display:
-            return train(job, metrics)
+
+
+def _refuse_uneven_shares(run: RunConfig) -> None:
+    world = distributed.world_size()
+    if run.micro_windows % world:
+        raise ConfigError(
+            f"batch: {run.micro_windows} sequences computed at once ({run.micro_tokens} tokens at a context of "
+            f"{run.model.context}) cannot be shared by {world} processes"
+        )
+
+
+def _open_store(run: RunConfig, out: Path, display: Display) -> Store:
+    """The run's store, prepared and checked by the first process."""
+    return Store.open(distributed.once(lambda: str(open_store(run.data, out, display).path)))
+
+
+@contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    """Hold the folder's lock, which ends with the process that holds it, however that ends."""
+    lock = FileLock(out / ".lock", timeout=0)
+
+    def take() -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ConfigError(f"{out}: another process is training in this folder; choose another with out=") from None
+
+    distributed.once(take)
+    try:
+        yield
+    finally:
+        if lock.is_locked and os.listdir(out) == [".lock"]:  # refused before it began: leave no trace
+            shutil.rmtree(out)
+        lock.release()
 
 
 @contextmanager
@@ -93,7 +140,13 @@ def holds_run(folder: Path) -> bool:
 
 
 def _newest_checkpoint(run: RunConfig, out: Path, store: Store, display: Display) -> Path | None:
-    """The newest intact checkpoint, if it belongs to this run; says which damaged ones were passed over."""
+    """The newest intact checkpoint, found by the first process, if it belongs to this run."""
+    name = distributed.once(lambda: _name_of_newest(run, out, store, display))
+    return out / checkpoint.CHECKPOINTS / name if name else None
+
+
+def _name_of_newest(run: RunConfig, out: Path, store: Store, display: Display) -> str | None:
+    """The name of the newest intact checkpoint; says which damaged ones were passed over."""
     for folder, damage in checkpoint.intact_checkpoints(out):
         if damage is not None:
             display.note(f"passed over: {damage}")
@@ -105,10 +158,11 @@ def _newest_checkpoint(run: RunConfig, out: Path, store: Store, display: Display
         if run.budget != recorded.budget:
             display.note(f"the budget was {recorded.budget}, is now {run.budget}: the learning rates follow it")
         display.note(f"resuming {out} from step {int(folder.name)}")
-        return folder
+        return folder.name
     if checkpoint.list_checkpoints(out):
         raise CheckpointError(f"{out}: none of its checkpoints is intact; start anew with another out=")
-    display.note(f"{out} has no checkpoint yet: starting from the first step")
+    if holds_run(out):
+        display.note(f"{out} has no checkpoint yet: starting from the first step")
     return None
 
 
@@ -132,7 +186,7 @@ def _difference(mine: object, theirs: object, path: str = "") -> str:
 
 
 def _build_job(run: RunConfig, out: Path, store: Store, display: Display, newest: Path | None) -> Job:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = distributed.device()
     torch.manual_seed(run.seed)
     stream = Stream(store.split("train").tokens, run.model.context, run.seed)
     model = run.model.build().to(device)
@@ -146,6 +200,7 @@ def _build_job(run: RunConfig, out: Path, store: Store, display: Display, newest
         folder=out,
         store=store,
         model=model,
+        replica=Replica(model),
         optimizer=optimizer,
         stream=stream,
         validation=store.split("validation"),
@@ -172,6 +227,28 @@ def _apply_run_time_choices(run: RunConfig, model: LanguageModel) -> None:
                 module.compile()
 
 
+@contextmanager
+def _telling(job: Job, openers: Sequence[Opener]) -> Iterator[Callable[[Record], None]]:
+    """What takes the records of a session: `metrics.jsonl`, the display and trackers, in the first process only."""
+    if distributed.rank():
+        yield lambda record: None
+        return
+    step = job.progress.step
+    settings, digest = job.run.model_dump(mode="json"), job.run.digest()
+    with (
+        closing(Metrics(job.folder / "metrics.jsonl", up_to_step=step)) as metrics,
+        closing(Trackers(open_trackers(openers, job.folder, settings, digest, step), job.display.note)) as trackers,
+        job.display,
+    ):
+
+        def tell(record: Record) -> None:
+            metrics.write(record)
+            job.display.show(record)
+            trackers.log(record)
+
+        yield tell
+
+
 def _record_session(job: Job) -> None:
     """Note what this session runs on in `sessions.jsonl`, and the settings in `run.json`."""
     job.folder.mkdir(parents=True, exist_ok=True)
@@ -190,6 +267,7 @@ def _record_session(job: Job) -> None:
         "precision": job.precision,
         "kernels": kernels.choices(job.device.type),
         "device": torch.cuda.get_device_name() if job.device.type == "cuda" else _processor(),
+        "processes": distributed.world_size(),
         "threads": torch.get_num_threads(),
         "versions": {"myriad": __version__, "torch": torch.__version__, "python": sys.version.split()[0]},
     }

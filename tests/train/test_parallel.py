@@ -1,0 +1,181 @@
+"""Several processes under torchrun give the run that one gives, and end together."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from myriad.checkpoint import list_checkpoints
+from myriad.ffn import DenseConfig, PEERConfig, StackConfig
+from myriad.train.record import CLOCK_FIELDS, read_records
+from tiny import tiny_model, tiny_run
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORCHELASTIC_ERROR_FILE": ""}
+PEERS = StackConfig(
+    layers=[
+        PEERConfig(experts=64, heads=2, experts_per_head=4, d_key=8),  # dense gradients
+        PEERConfig(experts=64**2, heads=2, experts_per_head=1, d_key=8),  # sparse ones
+    ]
+)
+
+
+@pytest.fixture(scope="module")
+def config(store, tmp_path_factory) -> Path:
+    """A run with tables of both kinds of gradient, a dense layer, and micro-batches."""
+    model = tiny_model(ffns={"peers": PEERS, "dense": DenseConfig(d_hidden=32)}, pattern=["peers", "dense"])
+    raw = tiny_run(store, model=model).model_dump(mode="json")
+    raw["batch"] = {"tokens": 512, "micro_tokens": 256}
+    path = tmp_path_factory.mktemp("parallel") / "config.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def launch(processes: int, *words: object) -> subprocess.Popen:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    if processes > 1:
+        launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]  # a free port: tests run side by side
+    command = [*launcher, "-m", "myriad", "train", *map(str, words)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, list[str]]:
+    """The exit code, what was written to stdout, and the lines that Myriad wrote to stderr."""
+    out, error = process.communicate(timeout=300)
+    return process.returncode, out, [line for line in error.splitlines() if line.startswith("myriad:")]
+
+
+def run_to_the_end(processes: int, *words: object) -> str:
+    code, out, said = finish(launch(processes, *words))
+    assert (code, said) == (0, [])
+    return out
+
+
+def figures(run: Path) -> list[dict]:
+    records = read_records(run / "metrics.jsonl")
+    return [{name: value for name, value in record.items() if name not in CLOCK_FIELDS} for record in records]
+
+
+def assert_close(run: Path, reference: Path) -> None:
+    """The same figures within the rounding of float32."""
+    mine, theirs = figures(run), figures(reference)
+    assert [(record["kind"], record["step"]) for record in mine] == [(r["kind"], r["step"]) for r in theirs]
+    for record, expected in zip(mine, theirs, strict=True):
+        for name in ("loss", "gradient_norm", "bits_per_byte", "targets"):
+            assert record.get(name, 0) == pytest.approx(expected.get(name, 0), rel=2e-4), (name, record["step"])
+
+
+@pytest.fixture(scope="module")
+def runs(config, tmp_path_factory) -> dict[int, Path]:
+    """The run made by one, two and four processes."""
+    folder = tmp_path_factory.mktemp("runs")
+    for processes in (1, 2, 4):
+        out = run_to_the_end(processes, config, f"out={folder / str(processes)}")
+        assert out.count("finished after step 12") == 1
+    return {processes: folder / str(processes) for processes in (1, 2, 4)}
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_many_processes_give_the_losses_of_one(runs, processes):
+    assert_close(runs[processes], runs[1])
+    assert len(figures(runs[1])) == 12 + 3
+
+
+def test_only_the_first_process_writes(runs):
+    (session,) = (json.loads(line) for line in (runs[4] / "sessions.jsonl").read_text().splitlines())
+    assert session["processes"] == 4
+    names = {path.name for path in runs[1].iterdir()} | {".lock"}
+    assert {path.name for path in runs[4].iterdir()} | {".lock"} == names
+    assert [path.name for path in list_checkpoints(runs[4])] == [path.name for path in list_checkpoints(runs[1])]
+
+
+def test_a_run_stopped_and_continued_gives_the_bits_of_one_that_was_not(runs, config, tmp_path):
+    out = tmp_path / "run"
+    process = launch(4, config, f"out={out}", "checkpoint.every=3", "evaluation.every=4")
+    wait_for_step(process, out, 3)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    run_to_the_end(4, out, "--resume")
+    assert figures(out) == figures(runs[4])
+    assert (out / "model.safetensors").read_bytes() == (runs[4] / "model.safetensors").read_bytes()
+
+
+def test_another_number_of_processes_continues_the_same_stream(runs, config, tmp_path):
+    out = tmp_path / "run"
+    run_to_the_end(2, config, f"out={out}", "early_stopping.patience=1", "early_stopping.min_delta=100")
+    stopped = figures(out)[-1]["step"]
+    assert stopped < 12
+    run_to_the_end(1, out, "--resume", "early_stopping.patience=null", "early_stopping.min_delta=0")
+    assert_close(out, runs[1])
+
+
+def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
+    until = time.monotonic() + 120
+    while max((record["step"] for record in figures(run)), default=0) < step:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def rank_of(pid: int) -> str | None:
+    try:
+        words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return None
+    return next((word[5:].decode() for word in words if word.startswith(b"RANK=")), None)
+
+
+def worker(launcher: subprocess.Popen, rank: int) -> int:
+    """The process id of a rank."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    return next(int(pid) for pid in children if rank_of(int(pid)) == str(rank))
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux's /proc to find a rank's process")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_dies_takes_the_others_down_with_one_line(config, tmp_path, rank):
+    out = tmp_path / "run"
+    process = launch(2, config, f"out={out}", "budget.steps=100000", "evaluation.every=5")
+    wait_for_step(process, out, 7)
+    os.kill(worker(process, rank), signal.SIGKILL)
+    started = time.monotonic()
+    code, _, said = finish(process)
+    assert code != 0
+    assert time.monotonic() - started < 60
+    assert len(said) <= 1  # torchrun may end a process before it notices
+    assert all("another process of this run has ended" in line for line in said)
+    assert list_checkpoints(out)
+
+
+def test_a_signal_stops_every_process_at_the_same_step(config, tmp_path):
+    out = tmp_path / "run"
+    process = launch(2, config, f"out={out}", "budget.steps=100000", "evaluation.every=100000")
+    wait_for_step(process, out, 3)
+    process.send_signal(signal.SIGTERM)
+    _, said, _ = finish(process)
+    assert f"{out}: saved (SIGTERM at step" in said
+    assert "--nproc-per-node 2 -m myriad train" in said
+    assert int(list_checkpoints(out)[-1].name) == figures(out)[-1]["step"]
+
+
+def test_faults_are_told_once(config, tmp_path):
+    for words, expected in [
+        (
+            ["batch.micro_tokens=32"],
+            "1 sequences computed at once (32 tokens at a context of 32) cannot be shared by 2",
+        ),
+        (["optim.lr=fast"], "optim.lr: expected a valid number"),
+        (["data.path=nowhere"], "nowhere"),
+    ]:
+        code, _, said = finish(launch(2, config, f"out={tmp_path / 'run'}", *words))
+        assert code != 0
+        assert len(said) == 1, said
+        assert expected in said[0]
+    assert not (tmp_path / "run").exists()
