@@ -7,7 +7,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as the command line does, be
 import pytest
 import torch
 
-from myriad.data.store import Store, prepare
+from myriad.data.prepare import Recipe, prepare
+from myriad.data.store import Store
 
 torch.set_num_threads(2)
 
@@ -27,4 +28,4 @@ def store(tmp_path_factory: pytest.TempPathFactory, text: str) -> Store:
     """A store of byte tokens with a train and a validation split."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "text.txt").write_text(text)
-    return prepare(folder / "text.txt", "bytes", folder / "store")
+    return prepare(Recipe(source=folder / "text.txt", tokenizer="bytes"), folder / "store")

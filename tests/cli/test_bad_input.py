@@ -13,7 +13,8 @@ import yaml
 from calling import Result, call_in_a_fresh_process
 
 from myriad import checkpoint
-from myriad.data.store import Store, prepare
+from myriad.data.prepare import Recipe, prepare
+from myriad.data.store import Store
 from myriad.train import fit, loop
 from myriad.train.run import BudgetConfig
 from tiny import tiny_model, tiny_run
@@ -31,7 +32,7 @@ def words_store(text, tmp_path_factory) -> Store:
     """A store of another tokenizer, with a larger vocabulary."""
     folder = tmp_path_factory.mktemp("words")
     (folder / "text.txt").write_text(text)
-    return prepare(folder / "text.txt", "bpe:300", folder / "store")
+    return prepare(Recipe(source=folder / "text.txt", tokenizer="bpe:300"), folder / "store")
 
 
 @pytest.fixture(scope="module")
@@ -217,9 +218,8 @@ def test_a_damaged_store_is_refused(myriad, config, store, tmp_path):
 def test_a_run_without_validation_text_is_refused(myriad, config, store, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(store.path, copy)
-    index = json.loads((copy / "index.json").read_text())
-    del index["splits"]["validation"]
-    (copy / "index.json").write_text(json.dumps(index))
+    train_alone = {"train": store.index.splits["train"]}
+    store.index.model_copy(update={"splits": train_alone}).write(copy)
     result = myriad("train", config, f"data.path={copy}", f"out={tmp_path / 'run'}")
     assert_refused(result, f"{copy}: has no split 'validation' (it has train)")
     assert not (tmp_path / "run").exists()
@@ -238,7 +238,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(myriad, config, run):
 
 def test_resuming_on_other_data_is_refused(myriad, run, tmp_path):
     (tmp_path / "other.txt").write_text("another text\n" * 500)
-    other = prepare(tmp_path / "other.txt", "bytes", tmp_path / "other")
+    other = prepare(Recipe(source=tmp_path / "other.txt", tokenizer="bytes"), tmp_path / "other")
     assert_refused(myriad("train", run, "--resume", f"data.path={other.path}"), "data")
 
 
@@ -310,14 +310,14 @@ def test_eval_refuses_what_cannot_be(myriad, run, tmp_path, monkeypatch, name):
 def test_eval_refuses_a_store_of_another_tokenizer_or_vocabulary(myriad, run, words_store, tmp_path, text):
     assert_refused(myriad("eval", run, "--data", words_store.path), "vocabulary of 300 exceeds")
     (tmp_path / "text.txt").write_text(text[::-1])
-    one = prepare(tmp_path / "text.txt", "bpe:300", tmp_path / "one")
+    one = prepare(Recipe(source=tmp_path / "text.txt", tokenizer="bpe:300"), tmp_path / "one")
     fit(tiny_run(words_store, model=tiny_model(layers=1, d_model=16), budget=BudgetConfig(steps=1)), tmp_path / "run")
     assert_refused(myriad("eval", tmp_path / "run", "--data", one.path), "made with another tokenizer")
 
 
 def test_eval_of_a_run_whose_store_is_gone_asks_for_one(myriad, text, settings, tmp_path):
     (tmp_path / "text.txt").write_text(text)
-    store = prepare(tmp_path / "text.txt", "bytes", tmp_path / "store")
+    store = prepare(Recipe(source=tmp_path / "text.txt", tokenizer="bytes"), tmp_path / "store")
     fit(tiny_run(store, model=tiny_model(layers=1, d_model=16), budget=BudgetConfig(steps=1)), tmp_path / "run")
     shutil.rmtree(store.path)
     assert_refused(myriad("eval", tmp_path / "run"), f"{store.path}: the store that", "name one with --data")

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from myriad import checkpoint
-from myriad.data.store import Store, hash_of_hashes, prepare
+from myriad.data.prepare import Recipe, prepare
+from myriad.data.store import Store, hash_of_hashes
 from myriad.evaluate import Perplexity, evaluate
 from myriad.train import fit
 from myriad.train.run import BudgetConfig
@@ -104,7 +105,7 @@ def test_context_and_stride_are_used_and_reported(myriad, run, store, tmp_path):
 
 def test_another_store_of_the_same_tokenizer_can_be_named(myriad, run, store, tmp_path):
     (tmp_path / "other.txt").write_text("one two three\n" * 400)
-    other = prepare(tmp_path / "other.txt", "bytes", tmp_path / "other")
+    other = prepare(Recipe(source=tmp_path / "other.txt", tokenizer="bytes"), tmp_path / "other")
     assert myriad("eval", run, "--data", other.path, "--json", tmp_path / "j.json").code == 0
     found = read(tmp_path / "j.json")
     assert found["data_sha256"] == other.split("validation").sha256 != store.split("validation").sha256
@@ -120,7 +121,7 @@ def test_a_checkpoint_can_be_measured_as_a_run(myriad, run, tmp_path):
 def test_a_text_without_spaces_gives_valid_json(myriad, run, tmp_path):
     """One word of thousands of bytes: its perplexity exceeds every float."""
     (tmp_path / "wall.txt").write_text("abcdefgh" * 2000)
-    wall = prepare(tmp_path / "wall.txt", "bytes", tmp_path / "wall")
+    wall = prepare(Recipe(source=tmp_path / "wall.txt", tokenizer="bytes"), tmp_path / "wall")
     assert myriad("eval", run, "--data", wall.path, "--split", "train", "--json", tmp_path / "j.json").code == 0
     found = read(tmp_path / "j.json")
     assert found["word_perplexity"] is None

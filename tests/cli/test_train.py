@@ -10,6 +10,7 @@ from myriad import checkpoint, presets
 from myriad.data.store import Store
 from myriad.train import fit
 from myriad.train.record import CLOCK_FIELDS, read_records
+from myriad.train.run import DataConfig
 from tiny import tiny_model, tiny_run
 
 TINY = [
@@ -67,7 +68,7 @@ def test_a_preset_with_overrides_trains(myriad, preset, store, tmp_path):
     assert result.code == 0, result.err
     assert [record["step"] for record in read_records(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 2, 3, 4, 4]
     recorded = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert recorded["data"] == {"path": str(store.path), "source": None, "tokenizer": "bytes"}
+    assert recorded["data"] == DataConfig(path=str(store.path)).model_dump(mode="json")
     assert recorded["budget"] == {"steps": 4, "tokens": None, "epochs": None}
     assert recorded["model"]["vocab_size"] == 257
 

@@ -1,115 +1,46 @@
 import hashlib
+import os
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from made import write
 
-from myriad.data import DataError, sources
-from myriad.data.sources import (
-    Corpus,
-    Document,
-    PythonSource,
-    Source,
-    TextFile,
-    TextFolder,
-    open_source,
-    split_from_hash,
-    split_from_name,
-)
-from myriad.data.tokenizer import train_bpe
+from myriad.data import DataError
+from myriad.data.sources import HubDataset, JsonLines, Parquet, PythonSource, TextFile, TextFolder, open_source, text
+from myriad.data.sources.base import split_from_hash, split_from_name
+
+SPLITS = {"train": "a", "validation": "b", "test": "c"}
 
 
-def write(folder, files):
-    for name, content in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return folder
+def joined(source, start=None):
+    """(split, text) of each document."""
+    documents = source.documents()
+    found = []
+    for document in source.begin_at(re.compile(start), documents) if start is not None else documents:
+        if document.continues:
+            found[-1] = (found[-1][0], found[-1][1] + document.text)
+        else:
+            found.append((document.split, document.text))
+    return found
 
 
-class Given(Source):
-    """Documents given by a test."""
-
-    def __init__(self, *documents):
-        super().__init__("given")
-        self._documents = documents
-
-    def documents(self):
-        return iter(self._documents)
-
-
-def splits(source):
-    """split -> all its text, joined."""
-    texts = {}
-    for document in Corpus(source).documents():
-        texts[document.split] = texts.get(document.split, "") + document.text
-    return texts
-
-
-# --- one file
-
-
-def test_a_file_is_one_document_cut_at_a_line_start(tmp_path):
-    lines = [f"line {number}\n" for number in range(100)]
-    source = open_source(write(tmp_path, {"a.txt": "".join(lines)}) / "a.txt")
-    parts = list(Corpus(source).documents())
-    assert [(part.name, part.split, part.continues) for part in parts] == [
-        ("a.txt", "train", False),
-        ("a.txt", "validation", False),
-    ]
-    assert parts[0].text + parts[1].text == "".join(lines)
-    assert parts[1].text.startswith("line ")
-    share = len(parts[1].text) / len("".join(lines))
-    assert 0.05 <= share < 0.07
-
-
-@given(text=st.text(min_size=2).filter(lambda text: not text.isspace()), part=st.integers(1, 20))
-def test_a_single_document_is_split_without_loss(text, part, tmp_path_factory):
-    path = tmp_path_factory.mktemp("split") / "a.txt"
-    path.write_bytes(text.encode())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "PART", part)
-        documents = list(Corpus(TextFile(path)).documents())
-    assert "".join(document.text for document in documents) == text
-    assert all(document.text for document in documents)
-    names = [document.split for document in documents]
-    assert names == sorted(names)  # train, then validation
-    assert names[-1] == "validation"
-    firsts = [document.split for document in documents if not document.continues]
-    assert firsts in (["train", "validation"], ["validation"])
-
-
-def test_parts_of_a_file_encode_like_the_whole(tmp_path, monkeypatch):
-    text = "It's  a test, isn't it?\n\n  def f(x):\n\treturn 12345 + x...  \r\n = Title = \n café 日本 🎉!\n" * 50
-    path = write(tmp_path, {"a.txt": text}) / "a.txt"
-    tokenizer = train_bpe([text], 400)
-    for part in (7, 64, 1000):
-        monkeypatch.setattr(sources, "PART", part)
-        parts = [document.text for document in TextFile(path).documents()]
-        assert len(parts) > len(text) // (part + 100)
-        assert [id for part in parts for id in tokenizer.encode(part)] == tokenizer.encode(text)
-        assert sum(len(part.split()) for part in parts) == len(text.split())
+# --- files
 
 
 def test_the_text_is_taken_as_it_is(tmp_path):
-    text = "a\r\nb\rc\n\ufeff\x00d\n"
-    assert "".join(d.text for d in TextFile(write(tmp_path, {"a": text}) / "a").documents()) == text
+    content = "a\r\nb\rc\n\ufeff\x00d\n"
+    assert joined(TextFile(write(tmp_path, {"a": content}) / "a")) == [("train", content)]
 
 
-@pytest.mark.parametrize("part", [4, 7, 2**18])
+@pytest.mark.parametrize("block", [4, 7, 2**18])
 @pytest.mark.parametrize(("content", "at"), [(b"good \xff", 5), (b"abc d\xc3\xa9 \xe6\x97", 8), (b"ab\xc3(", 2)])
-def test_a_byte_that_is_not_utf8_is_located(content, at, part, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "PART", part)
+def test_a_byte_that_is_not_utf8_is_located(content, at, block, tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "BLOCK", block)
     path = write(tmp_path, {"a.txt": content}) / "a.txt"
     with pytest.raises(DataError, match=rf"a\.txt: not UTF-8 text \(byte {at}\)"):
         list(TextFile(path).documents())
-
-
-@pytest.mark.parametrize("content", ["", " \n\t \n"])
-def test_empty_text_is_refused(content, tmp_path):
-    path = write(tmp_path, {"a.txt": content}) / "a.txt"
-    with pytest.raises(DataError, match=r"a\.txt: holds no text"):
-        list(Corpus(open_source(path)).documents())
 
 
 def test_a_missing_file_is_told_with_the_nearest_name(tmp_path):
@@ -123,33 +54,59 @@ def test_a_missing_file_is_told_with_the_nearest_name(tmp_path):
             open_source(spec)
 
 
+def test_a_file_that_goes_away_is_told(tmp_path):
+    source = open_source(write(tmp_path, {"a.txt": "a"}) / "a.txt")
+    (tmp_path / "a.txt").unlink()
+    for ask in (source.fingerprint, source.size, lambda: list(source.documents())):
+        with pytest.raises(DataError, match=r"a\.txt: cannot be read \(No such file"):
+            ask()
+
+
+def test_specs(tmp_path):
+    write(
+        tmp_path, {"a.txt": "", "b.jsonl": "", "c.JSONL.GZ": b"", "d.parquet": b"", "text/a": "", "rows/a/b.jsonl": ""}
+    )
+    write(tmp_path, {"both/a.jsonl": "", "both/b.parquet": "", "hub/README.md": "", "hub/data/a.parquet": ""})
+    kinds = {"a.txt": TextFile, "b.jsonl": JsonLines, "c.JSONL.GZ": JsonLines, "d.parquet": Parquet}
+    kinds |= {"text": TextFolder, "rows": JsonLines, "hub": Parquet}
+    assert {name: type(open_source(tmp_path / name)) for name in kinds} == kinds
+    with pytest.raises(DataError, match="both: holds both JSONL and parquet files"):
+        open_source(tmp_path / "both")
+    hub = open_source("Salesforce/wikitext:wikitext-103-raw-v1@v1.0", field="line")
+    assert isinstance(hub, HubDataset)
+    assert (hub.path, hub.config, hub.revision, hub.field) == (
+        "Salesforce/wikitext",
+        "wikitext-103-raw-v1",
+        "v1.0",
+        "line",
+    )
+    assert (open_source("owner/name").config, open_source("owner/name@main").revision) == (None, "main")
+
+
+def test_a_fingerprint_tells_of_sizes_and_times(tmp_path):
+    write(tmp_path, {"t/a": "1", "t/b": "22", "f.txt": "1"})
+    folder, file = open_source(tmp_path / "t"), open_source(tmp_path / "f.txt")
+    before = [folder.fingerprint(), file.fingerprint()]
+    assert before == [folder.fingerprint(), file.fingerprint()]
+    os.utime(tmp_path / "t" / "b", (1, 1))
+    write(tmp_path, {"f.txt": "11"})
+    assert all(old != new for old, new in zip(before, [folder.fingerprint(), file.fingerprint()], strict=True))
+
+
 # --- folders
 
 
 def test_a_folder_is_read_in_the_order_of_relative_paths(tmp_path):
-    write(tmp_path, {"b.txt": "b", "a/z.md": "z", "a.txt": "a", ".git/x": "x", ".hidden": "h", "empty": ""})
+    write(tmp_path, {"b.txt": "b", "a/z.md": "z", "a.txt": "a", ".git/x": "x", ".hidden": "h"})
     write(tmp_path, {"a/picture.png": b"\x89PNG\0\xff"})
-    documents = list(Corpus(TextFolder(tmp_path)).documents())
+    documents = list(TextFolder(tmp_path).documents())
     assert [document.name for document in documents] == ["a.txt", "a/z.md", "b.txt"]
-    assert [document.split for document in documents] == ["train", "train", "validation"]
-
-
-def test_the_last_documents_are_held_out(tmp_path):
-    write(tmp_path, {f"{number:03}.txt": "text" for number in range(100)})
-    documents = list(Corpus(TextFolder(tmp_path)).documents())
-    assert [d.name for d in documents if d.split == "validation"] == [f"{n:03}.txt" for n in range(95, 100)]
-
-
-def test_a_long_document_is_held_out_whole(monkeypatch, tmp_path):
-    monkeypatch.setattr(sources, "PART", 8)
-    write(tmp_path, {"a": "first " * 10, "b": "second " * 10})
-    assert splits(TextFolder(tmp_path)) == {"train": "first " * 10, "validation": "second " * 10}
 
 
 def test_text_that_is_not_utf8_in_a_folder_is_told(tmp_path):
     write(tmp_path, {"a.txt": "a", "b.txt": "caf\xe9".encode("latin-1")})
     with pytest.raises(DataError, match=r"b\.txt: not UTF-8 text \(byte 3\)"):
-        Corpus(TextFolder(tmp_path)).survey  # noqa: B018
+        list(TextFolder(tmp_path).documents())
 
 
 @pytest.mark.parametrize(
@@ -161,13 +118,13 @@ def test_text_that_is_not_utf8_in_a_folder_is_told(tmp_path):
     ],
 )
 def test_a_folder_can_bring_its_own_splits(files, tmp_path):
-    assert splits(TextFolder(write(tmp_path, files))) == {"train": "a", "validation": "b", "test": "c"}
+    assert dict(joined(TextFolder(write(tmp_path, files)))) == SPLITS
 
 
 @pytest.mark.parametrize("files", [{"train.txt": "a", "other.txt": "b"}, {"test.txt": "a", "valid.txt": "b"}])
 def test_names_of_splits_need_training_text_and_something_held_out(files, tmp_path):
-    assert set(splits(TextFolder(write(tmp_path, files)))) == {"train", "validation"}
-    assert sum(len(text) for text in splits(TextFolder(tmp_path)).values()) == 2
+    found = joined(TextFolder(write(tmp_path, files)))
+    assert sorted(found) == [("train", "a"), ("train", "b")]
 
 
 def test_splits_by_name():
@@ -179,9 +136,52 @@ def test_splits_by_name():
         "trainer.py",
         "train_test.txt",
         "val2.txt",
+        "train-00000-of-00002.parquet",
+        "c4-train.00000-of-01024.json.gz",
     ]
-    found = ["train", "validation", "validation", "test", None, None, "validation"]
+    found = ["train", "validation", "validation", "test", None, None, "validation", "train", "train"]
     assert [split_from_name(name) for name in names] == found
+
+
+# --- documents that begin within files
+
+
+def test_lines_begin_documents(tmp_path):
+    content = "\n = One = \n\n text = \n = = Part = = \nmore\n = Two = \r\nlast"
+    source = TextFile(write(tmp_path, {"a.tokens": content}) / "a.tokens")
+    first, second = (text for _, text in joined(source, r"^ = [^=].* = $"))
+    assert first + second == content
+    assert second == " = Two = \r\nlast"
+
+
+@given(
+    lines=st.lists(st.sampled_from(["#", "# a", "text", "more # text", "", " ", "é#"]), max_size=20),
+    ends=st.sampled_from(["\n", "\r\n"]),
+    block=st.integers(16, 40),
+)
+def test_documents_begin_at_exactly_the_lines_that_match(lines, ends, block, tmp_path_factory):
+    content = ends.join(lines)
+    path = write(tmp_path_factory.mktemp("lines"), {"a": content}) / "a"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text, "BLOCK", block)
+        found = [text for _, text in joined(TextFile(path), "^#")]
+    assert "".join(found) == content
+    matches = sum(line.startswith("#") for line in lines)
+    first = next((place for place, line in enumerate(lines) if line.strip()), 0)
+    headless = not lines or not lines[first].startswith("#")
+    assert len(found) == matches + (headless and content != "")
+    assert all(piece.startswith("#") for piece in found[1:])
+
+
+def test_a_line_without_end_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "BLOCK", 8)
+    source = TextFile(write(tmp_path, {"a": "x" * 100 + "#" + "x" * 100 + "\n#second\n"}) / "a")
+    assert [len(piece) for _, piece in joined(source, "^#")] == [202, 8]
+
+
+def test_files_of_a_folder_stay_apart(tmp_path):
+    source = TextFolder(write(tmp_path, {"a": "no heading", "b": "# 1\n# 2\n"}))
+    assert [text for _, text in joined(source, "^#")] == ["no heading", "# 1\n", "# 2\n"]
 
 
 # --- Python's own sources
@@ -231,30 +231,3 @@ def test_the_split_by_hash_is_stable():
     found = [split_from_hash(name) for name in names]
     assert hashlib.sha256("".join(found).encode()).hexdigest().startswith("f72151c44c3250b6")
     assert 0.87 < found.count("train") / 1000 < 0.93
-
-
-# --- what all sources share
-
-
-def test_the_hash_tells_names_and_texts_apart():
-    def digest(*documents):
-        return Corpus(Given(*documents)).survey.sha256
-
-    base = digest(Document("a", "bc"), Document("d", "e"))
-    assert base == digest(Document("a", "b"), Document("a", "c", continues=True), Document("d", "e"))
-    assert base == digest(Document("a", "bc"), Document("empty", ""), Document("d", "e"))
-    others = [
-        digest(Document("ab", "c"), Document("d", "e")),
-        digest(Document("a", "bc"), Document("e", "d")),
-        digest(Document("a", "b"), Document("a", "c"), Document("d", "e")),
-        digest(Document("d", "e"), Document("a", "bc")),
-    ]
-    assert base not in others
-
-
-def test_training_texts_stop_at_the_limit():
-    source = Given(Document("a", "éé", "train"), Document("b", "vv", "validation"), Document("c", "cd", "train"))
-    corpus = Corpus(source)
-    assert "".join(corpus.training_texts(100)) == "éécd"
-    assert "".join(corpus.training_texts(5)) == "ééc"
-    assert "".join(corpus.training_texts(3)) == "é"

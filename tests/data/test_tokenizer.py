@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 
@@ -8,8 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from myriad.data import DataError
+from myriad.data.bpe import FastBPE
 from myriad.data.tokenizer import (
     END_TOKEN,
+    GPT2_FILES,
+    ByteEncoder,
     Tokenizer,
     byte_tokenizer,
     known_vocab_size,
@@ -73,7 +77,7 @@ def test_saving_keeps_every_byte(tokenizer, tmp_path):
     from_folder, from_file = Tokenizer.open(tmp_path), Tokenizer.open(tmp_path / "other.json")
     assert from_folder.sha256 == from_file.sha256 == tokenizer.sha256
     assert from_folder.encode("the cat") == tokenizer.encode("the cat")
-    assert from_folder._is_bytes == tokenizer._is_bytes == (tokenizer is BYTES)
+    assert type(from_folder.encoder) is type(tokenizer.encoder) is (ByteEncoder if tokenizer is BYTES else FastBPE)
 
 
 def test_training_is_deterministic():
@@ -96,12 +100,8 @@ def test_specs(tmp_path):
 
 
 def test_vocabulary_sizes_known_beforehand():
-    assert [known_vocab_size(spec) for spec in ("bytes", "bpe:8192", "bpe:x", "runs/a")] == [
-        257,
-        8192,
-        None,
-        None,
-    ]
+    specs = ("bytes", "bpe:8192", "gpt2", "bpe:x", "runs/a")
+    assert [known_vocab_size(spec) for spec in specs] == [257, 8192, 50257, None, None]
 
 
 @pytest.mark.parametrize(
@@ -119,6 +119,60 @@ def test_unknown_specs_are_told(spec, line):
     with pytest.raises(DataError) as error:
         resolve_tokenizer(spec, TEXTS)
     assert line in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def write_gpt2_files(folder, names):
+    """Two files in GPT-2's form, of a BPE with two merges."""
+    definition = json.loads(BPE._content)
+    singles = [token for token in definition["model"]["vocab"] if len(token) == 1]
+    vocab = {token: id for id, token in enumerate([*singles, "th", "the", END_TOKEN])}
+    (folder / names[0]).write_text(json.dumps(dict(reversed(vocab.items()))))
+    (folder / names[1]).write_text("#version: 0.2\nt h\nth e\n")
+
+
+def test_gpt2_files_of_either_name_give_the_same_tokenizer(tmp_path):
+    found = []
+    for number, names in enumerate(GPT2_FILES):
+        (tmp_path / str(number)).mkdir()
+        write_gpt2_files(tmp_path / str(number), names)
+        found.append(resolve_tokenizer(tmp_path / str(number), []))
+    assert found[0].sha256 == found[1].sha256
+    assert (found[0].vocab_size, found[0].end_id) == (259, 258)
+    assert found[0].encode("the") == [257]
+    assert isinstance(found[0].encoder, FastBPE)
+
+
+def test_gpt2_comes_from_the_hub(tmp_path, monkeypatch):
+    write_gpt2_files(tmp_path, GPT2_FILES[1])
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repository, name: str(tmp_path / name))
+    assert resolve_tokenizer("gpt2", []).sha256 == resolve_tokenizer(tmp_path, []).sha256
+
+
+def test_a_hub_out_of_reach_is_told(monkeypatch):
+    def fail(*_):
+        raise ConnectionError("no network\nat all")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    with pytest.raises(DataError, match=r"^gpt2: cannot be had .* holds encoder\.json and vocab\.bpe instead$"):
+        resolve_tokenizer("gpt2", [])
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "merges"),
+    [
+        ("[]", "a b\n"),
+        ("{", "a b\n"),
+        ('{"a": 0}', "a b\n"),
+        ('{"a": 0, "b": 1, "ab": 2}', "a b c\n"),
+        ('{"a": "x"}', "\n"),
+    ],
+)
+def test_gpt2_files_that_are_none_are_told(vocabulary, merges, tmp_path):
+    (tmp_path / "encoder.json").write_text(vocabulary)
+    (tmp_path / "vocab.bpe").write_text(merges)
+    with pytest.raises(DataError, match=r"encoder\.json and .*vocab\.bpe: not the two files of a BPE") as error:
+        resolve_tokenizer(tmp_path, [])
     assert "\n" not in str(error.value)
 
 

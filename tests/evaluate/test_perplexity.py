@@ -160,11 +160,11 @@ def test_training_mode_is_left_as_it_was(model, store):
 def test_words_and_bytes_of_wikitext(tmp_path):
     import lzma
 
-    from myriad.data.store import prepare
+    from myriad.data.prepare import Recipe, prepare
 
     text = lzma.decompress((DATA / "wiki.valid.tokens.xz").read_bytes()).decode()
     (tmp_path / "wiki.txt").write_text(text, encoding="utf-8")
-    store = prepare(tmp_path / "wiki.txt", "bytes", tmp_path / "store")
+    store = prepare(Recipe(source=tmp_path / "wiki.txt", tokenizer="bytes"), tmp_path / "store")
     splits = store.index.splits.values()
     assert sum(split.words for split in splits) == len(text.split())
     assert sum(split.bytes for split in splits) == len(text.encode())

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from myriad.checkpoint import list_checkpoints
+from myriad.data.store import Store
 from myriad.ffn import DenseConfig, PEERConfig, StackConfig
 from myriad.train.record import CLOCK_FIELDS, read_records
 from tiny import tiny_model, tiny_run
@@ -94,6 +95,15 @@ def test_only_the_first_process_writes(runs):
     names = {path.name for path in runs[1].iterdir()} | {".lock"}
     assert {path.name for path in runs[4].iterdir()} | {".lock"} == names
     assert [path.name for path in list_checkpoints(runs[4])] == [path.name for path in list_checkpoints(runs[1])]
+
+
+def test_one_process_prepares_the_data_for_all(config, text, tmp_path):
+    (tmp_path / "text.txt").write_text(text)
+    out = tmp_path / "runs" / "one"
+    run_to_the_end(2, config, f"out={out}", f"data.source={tmp_path / 'text.txt'}", "budget.steps=2")
+    (store,) = (path for path in (tmp_path / "runs" / "data").iterdir() if not path.name.startswith("."))
+    assert Store.open(store)
+    assert figures(out)[-1]["step"] == 2
 
 
 def test_a_run_stopped_and_continued_gives_the_bits_of_one_that_was_not(runs, config, tmp_path):

@@ -1,8 +1,10 @@
 """Data: text in, windows of tokens out.
 
-- `sources` reads documents and says to which split each belongs.
-- `tokenizer` turns them into tokens: bytes, a trained BPE, or any `tokenizers` file.
-- `store` keeps the tokens on disk, counted and hashed, and reads them by memory map.
+- `sources` reads documents: text, JSONL, parquet, Hugging Face datasets.
+- `recipe` says what is to become of them; `corpus` and `splits` give each document its split.
+- `tokenizer` turns them into tokens: bytes, a trained BPE, GPT-2's, or any `tokenizers` file; `bpe` does it fast.
+- `prepare` does all this in one pass, in `parts` of bounded size, and `writer` writes the tokens.
+- `store` is what lies on disk, counted and hashed.
 - `stream` deals training windows out of a store in a seeded order.
 """
 

@@ -1,51 +1,47 @@
 """Stores: a corpus as tokens on disk, counted and hashed.
 
     STORE/
-      index.json                    what is here: counts, sizes, hashes
+      index.json                    what is here: the recipe, counts, sizes, hashes
       tokenizer.json
       train-00000.bin ...           tokens, raw and little-endian, in shards of equal length
-      train-documents.npy           where each document begins
+      train-documents.bin           where each document begins: int64, little-endian
       validation-00000.bin ...
 
 Every document is preceded by one end token, so a split reads `<end> doc 0 <end> doc 1 ...`: the first
 token of a document can be predicted from the end token before it.
 
-A store is written into a hidden folder beside its place and renamed at the end: it is whole or not there.
+Tokens are read from open files rather than memory maps: a file that is cut short under a memory map kills the
+process when the missing part is touched, a read that comes back short is a fault with a name.
 """
 
 import hashlib
 import itertools
 import json
 import os
-import secrets
-import shutil
-from array import array
+import weakref
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from myriad.config import Config, ConfigError, validate
 from myriad.data import DataError
-from myriad.data.sources import SPLITS, Corpus, Document, open_source
-from myriad.data.tokenizer import FILE_NAME, Tokenizer, resolve_tokenizer
+from myriad.data.recipe import Recipe
+from myriad.data.sources import SPLITS
+from myriad.data.tokenizer import FILE_NAME, Tokenizer
 
 INDEX_NAME = "index.json"
-SHARD_TOKENS = 2**27
-BATCH_CHARACTERS = 2**22
-"""Text encoded at a time: enough to keep all cores busy, little enough to hold."""
-BPE_TRAINING_BYTES = 50_000_000
+FORMAT = 2
+SEAL = "sha256"
+"""The index's key that holds a hash of all its other keys."""
 
-Progress = Callable[[str, int, int], None]
-"""Called with a stage ("training the tokenizer", "encoding"), its bytes of text done, and those to do."""
-
-FileName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*\.(bin|npy)$")]
+FileName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*\.bin$")]
 SplitName = Annotated[str, Field(pattern=f"^({'|'.join(SPLITS)})$")]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Size = Annotated[int, Field(ge=0, lt=2**63)]
@@ -81,22 +77,32 @@ class SplitIndex(Config):
     def _check(self) -> "SplitIndex":
         if self.sha256 != hash_of_hashes(shard.sha256 for shard in self.shards):
             raise ValueError("its hash does not fit its shards'")
+        if self.offsets.size != 8 * (self.documents + 1):
+            raise ValueError("the size of its offsets does not fit its documents")
         return self
 
 
 class Index(Config):
     """What a store holds: its index.json."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = FORMAT
+    recipe: Recipe
+    """What the store was made of, and how."""
+    fingerprint: Sha256
+    """Hash of what is known of the sources without reading them: names, sizes and times of files."""
+    source_sha256: Sha256
+    """Hash of the names and texts of all documents in order."""
     dtype: Literal["uint16", "uint32"]
     """Of the tokens, little-endian."""
     vocab_size: Annotated[Size, Field(gt=0)]
     end_id: Size
     tokenizer_sha256: Sha256
-    source: str
-    source_sha256: Sha256
-    """Hash of the names and texts of all documents in order."""
     splits: Annotated[dict[SplitName, SplitIndex], Field(min_length=1)]
+
+    @property
+    def source(self) -> str:
+        """The source, as it was given."""
+        return self.recipe.source
 
     @model_validator(mode="after")
     def _check(self) -> "Index":
@@ -106,16 +112,75 @@ class Index(Config):
         for name, split in self.splits.items():
             if sum(shard.size for shard in split.shards) != split.tokens * item:
                 raise ValueError(f"the sizes of the shards of {name} do not fit its tokens")
+            if any(shard.size % item for shard in split.shards):
+                raise ValueError(f"a shard of {name} holds part of a token")
         return self
+
+    def write(self, folder: Path) -> None:
+        """Write index.json, sealed with its own hash."""
+        content = self.model_dump(mode="json")
+        text = json.dumps({**content, SEAL: _hash_content(content)}, indent=2)
+        (folder / INDEX_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def _hash_content(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+class Shard(Protocol):
+    """A stretch of tokens that can be read in slices."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, window: slice, /) -> np.ndarray: ...
+
+
+class ShardFile:
+    """The tokens of one file, which stays open as long as this is used.
+
+    Raises:
+        DataError: the file cannot be opened, or, when read, has become shorter.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype):
+        self._path = path
+        self._dtype = dtype
+        try:
+            self._file = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise damaged(path, str(error.strerror)) from None
+        weakref.finalize(self, os.close, self._file)
+        self._length = os.fstat(self._file).st_size // dtype.itemsize
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, window: slice) -> np.ndarray:
+        start, stop, _ = window.indices(self._length)
+        item = self._dtype.itemsize
+        content = self._read(start * item, max(0, stop - start) * item)
+        return np.frombuffer(content, self._dtype)
+
+    def _read(self, begin: int, size: int) -> bytes:
+        pieces = []
+        while size:  # a call reads 2 GiB at most
+            try:
+                piece = os.pread(self._file, size, begin)
+            except OSError as error:
+                raise damaged(self._path, str(error.strerror)) from None
+            if not piece:
+                raise damaged(self._path, "it has become shorter since it was opened")
+            pieces.append(piece)
+            begin, size = begin + len(piece), size - len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 class Tokens:
-    """A split's tokens over all its shards, read-only: `tokens[a:b]` is an unsigned array of shape (b - a,).
+    """A split's tokens over all its shards: `tokens[a:b]` is a read-only unsigned array of shape (b - a,).
 
-    The array is a view of the file where one shard holds it all. Slices have step 1.
+    Slices have step 1.
     """
 
-    def __init__(self, shards: Sequence[np.ndarray]):
+    def __init__(self, shards: Sequence[Shard]):
         self._shards = shards
         self._starts = list(itertools.accumulate(map(len, shards[:-1]), initial=0))
         self._length = sum(map(len, shards))
@@ -133,7 +198,9 @@ class Tokens:
             shard[max(start - base, 0) : max(stop - base, 0)]
             for base, shard in zip(self._starts[first:last], self._shards[first:last], strict=True)
         ]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        tokens = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        tokens.flags.writeable = False
+        return tokens
 
 
 @dataclass(frozen=True)
@@ -178,20 +245,22 @@ class Store:
         for file in store._files():
             size = _size_of(path / file.name)
             if size != file.size:
-                raise _damaged(path / file.name, f"{size} bytes instead of {file.size}")
-        if _hash_file(path / FILE_NAME) != store.index.tokenizer_sha256:
-            raise _damaged(path / FILE_NAME, "not the tokenizer that the store was made with")
+                raise damaged(path / file.name, f"{size} bytes instead of {file.size}")
+        if hash_file(path / FILE_NAME) != store.index.tokenizer_sha256:
+            raise damaged(path / FILE_NAME, "not the tokenizer that the store was made with")
         return store
 
     def verify(self) -> None:
-        """Compare every file with its hash.
+        """Compare every file with its hash, on all cores.
 
         Raises:
             DataError: a file has changed.
         """
-        for file in self._files():
-            if _hash_file(self.path / file.name) != file.sha256:
-                raise _damaged(self.path / file.name, "its hash is not the one in the index")
+        files = list(self._files())
+        hashes = hash_files(self.path / file.name for file in files)
+        for file, found in zip(files, hashes, strict=True):
+            if found != file.sha256:
+                raise damaged(self.path / file.name, "its hash is not the one in the index")
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -208,217 +277,25 @@ class Store:
             raise DataError(f"{self.path}: has no split '{name}' (it has {', '.join(self.index.splits)})")
         index = self.index.splits[name]
         dtype = np.dtype(self.index.dtype).newbyteorder("<")
+        tokens = Tokens([ShardFile(self.path / shard.name, dtype) for shard in index.shards])
+        if len(tokens) != index.tokens:
+            raise damaged(self.path, f"{name} has {len(tokens)} tokens instead of {index.tokens}")
+        offsets = self._offsets(index)
+        return Split(name, tokens, offsets, index.words, index.bytes, index.sha256)
+
+    def _offsets(self, index: SplitIndex) -> np.ndarray:
+        path = self.path / index.offsets.name
         try:
-            shards = [np.memmap(self.path / shard.name, dtype, "r").view(np.ndarray) for shard in index.shards]
-            offsets = np.load(self.path / index.offsets.name, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise _damaged(self.path, str(error)) from None
-        if offsets.shape != (index.documents + 1,) or offsets.dtype != np.int64 or offsets[-1] != index.tokens:
-            raise _damaged(self.path / index.offsets.name, "does not fit the index")
-        return Split(name, Tokens(shards), offsets, index.words, index.bytes, index.sha256)
+            offsets = np.fromfile(path, "<i8")
+        except OSError as error:
+            raise damaged(path, str(error)) from None
+        if offsets.shape != (index.documents + 1,) or offsets[-1] != index.tokens:
+            raise damaged(path, "does not fit the index")
+        return offsets
 
     def _files(self) -> Iterator[FileIndex]:
         for split in self.index.splits.values():
             yield from (*split.shards, split.offsets)
-
-
-def prepare(
-    source_spec: str | Path,
-    tokenizer_spec: str | Path,
-    out: str | Path,
-    progress: Progress | None = None,
-    *,
-    shard_tokens: int = SHARD_TOKENS,
-) -> Store:
-    """Make a store from text.
-
-    Args:
-        source_spec: `python`, a text file or a folder of text files.
-        tokenizer_spec: `bytes`, `bpe:N`, a tokenizer.json or a folder that holds one. A BPE is trained on
-            the first 50 MB of the train split.
-        out: the store's folder; it must not exist, or be empty.
-        progress: told now and then how far the work is.
-        shard_tokens: tokens per file.
-
-    Raises:
-        DataError: `out` is taken or cannot be written, or the source or the tokenizer is at fault.
-    """
-    out = Path(out)
-    report = progress or (lambda stage, done, total: None)
-    try:
-        _refuse_taken(out)
-        corpus = Corpus(open_source(source_spec))
-        tokenizer = resolve_tokenizer(tokenizer_spec, _training_texts(corpus, report))
-        with _new_folder(out) as folder:
-            tokenizer.save(folder / FILE_NAME)
-            splits = _write_splits(folder, corpus, tokenizer, shard_tokens, report)
-            index = Index(
-                dtype="uint16" if tokenizer.dtype.itemsize == 2 else "uint32",
-                vocab_size=tokenizer.vocab_size,
-                end_id=tokenizer.end_id,
-                tokenizer_sha256=tokenizer.sha256,
-                source=corpus.source.name,
-                source_sha256=corpus.survey.sha256,
-                splits=splits,
-            )
-            (folder / INDEX_NAME).write_text(index.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{out}: cannot be prepared ({error})") from None
-    return Store.open(out)
-
-
-def _training_texts(corpus: Corpus, report: Progress) -> Iterator[str]:
-    total = min(corpus.survey.bytes, BPE_TRAINING_BYTES)
-    done = 0
-    for text in corpus.training_texts(BPE_TRAINING_BYTES):
-        yield text
-        done += len(text.encode())
-        report("training the tokenizer", done, total)
-    report("training the tokenizer", total, total)  # held-out text is none of it
-
-
-def _write_splits(
-    folder: Path, corpus: Corpus, tokenizer: Tokenizer, shard_tokens: int, report: Progress
-) -> dict[str, SplitIndex]:
-    """Encode all documents into shards, each into its split."""
-    done, total = 0, corpus.survey.bytes
-    with ExitStack() as stack:
-        writers: dict[str | None, _SplitWriter] = {}
-        for name in SPLITS:
-            writers[name] = _SplitWriter(folder, name, tokenizer, shard_tokens)
-            stack.callback(writers[name].close)
-        for batch in _batches(corpus.documents()):
-            for document, ids in zip(batch, tokenizer.encode_batch([part.text for part in batch]), strict=True):
-                done += writers[document.split].add(document, ids)
-            report("encoding", done, total)
-        if done != total:
-            raise DataError(f"{corpus.source.name}: changed while it was read; prepare it again")
-        if not writers["train"].tokens:
-            raise DataError(f"{corpus.source.name}: too little text for a train split")
-        return {name: writers[name].finish() for name in SPLITS if writers[name].tokens}
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch, characters = [], 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document.text)
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-class _SplitWriter:
-    """Writes one split's tokens and counts what goes in."""
-
-    def __init__(self, folder: Path, name: str, tokenizer: Tokenizer, shard_tokens: int):
-        self.tokens = self._words = self._bytes = 0
-        self._folder = folder
-        self._name = name
-        self._end = np.array([tokenizer.end_id], tokenizer.dtype)
-        self._shard_bytes = shard_tokens * tokenizer.dtype.itemsize
-        self._offsets = array("q")
-        self._shards: list[_HashedFile] = []
-
-    def add(self, document: Document, ids: np.ndarray) -> int:
-        """Append a document; returns its bytes."""
-        if not document.continues:
-            self._offsets.append(self.tokens)
-            self._write(self._end)
-        self._write(ids)
-        size = len(document.text.encode())
-        self._words += len(document.text.split())
-        self._bytes += size
-        return size
-
-    def _write(self, ids: np.ndarray) -> None:
-        self.tokens += len(ids)
-        data = memoryview(ids.tobytes())
-        while data:
-            if not self._shards or self._shards[-1].size == self._shard_bytes:
-                self.close()
-                self._shards.append(_HashedFile(self._folder / f"{self._name}-{len(self._shards):05}.bin"))
-            room = self._shard_bytes - self._shards[-1].size
-            self._shards[-1].write(data[:room])
-            data = data[room:]
-
-    def finish(self) -> SplitIndex:
-        """Close the last shard, write the offsets and say what the split holds."""
-        self.close()
-        shards = [shard.index() for shard in self._shards]
-        return SplitIndex(
-            tokens=self.tokens,
-            documents=len(self._offsets),
-            words=self._words,
-            bytes=self._bytes,
-            shards=shards,
-            offsets=self._write_offsets(),
-            sha256=hash_of_hashes(shard.sha256 for shard in shards),
-        )
-
-    def _write_offsets(self) -> FileIndex:
-        path = self._folder / f"{self._name}-documents.npy"
-        np.save(path, np.array([*self._offsets, self.tokens], "<i8"), allow_pickle=False)
-        return FileIndex(name=path.name, size=path.stat().st_size, sha256=_hash_file(path))
-
-    def close(self) -> None:
-        if self._shards:
-            self._shards[-1].close()
-
-
-class _HashedFile:
-    """A file that is hashed while it is written."""
-
-    def __init__(self, path: Path):
-        self.size = 0
-        self._path = path
-        self._hash = hashlib.sha256()
-        self._file = open(path, "wb")  # noqa: SIM115 (closed by `close`)
-
-    def write(self, data: memoryview) -> None:
-        self._file.write(data)
-        self._hash.update(data)
-        self.size += len(data)
-
-    def close(self) -> None:
-        self._file.close()
-
-    def index(self) -> FileIndex:
-        return FileIndex(name=self._path.name, size=self.size, sha256=self._hash.hexdigest())
-
-
-def _refuse_taken(out: Path) -> None:
-    if (out / INDEX_NAME).exists():
-        raise DataError(f"{out}: holds a store already; give another folder, or remove this one first")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out}: exists and is not an empty folder; give another one")
-
-
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` that takes its place, synced, if all goes well and is removed if not."""
-    out = Path(os.path.abspath(out))
-    folder = out.parent / f".{out.name}.preparing-{secrets.token_hex(4)}"
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        for path in (*folder.iterdir(), folder):
-            _sync(path)
-        os.rename(folder, out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    _sync(out.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read_index(path: Path) -> Index:
@@ -429,14 +306,22 @@ def _read_index(path: Path) -> Index:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError):
-        raise _damaged(path, "not JSON") from None
+        raise damaged(path, "not JSON") from None
+    if not isinstance(raw, dict):
+        raise damaged(path, "not an object")
+    if raw.get("format") != FORMAT:
+        made = f"of format {json.dumps(raw.get('format'))[:40]}, not {FORMAT}"
+        raise DataError(f"{path}: {made}: made by another version of Myriad, or damaged; prepare the store again")
+    if raw.pop(SEAL, None) != _hash_content(raw):
+        raise damaged(path, "it does not fit its own hash")
     try:
         return validate(Index, raw)
     except ConfigError as error:
-        raise _damaged(path, str(error).splitlines()[0]) from None
+        raise damaged(path, str(error).splitlines()[0]) from None
 
 
-def _damaged(path: Path, why: str) -> DataError:
+def damaged(path: Path, why: str) -> DataError:
+    """The fault of a store that is not as it was made."""
     return DataError(f"{path}: damaged ({why}); prepare the store again")
 
 
@@ -444,15 +329,26 @@ def _size_of(path: Path) -> int:
     try:
         return path.stat().st_size
     except OSError as error:
-        raise _damaged(path, str(error.strerror)) from None
+        raise damaged(path, str(error.strerror)) from None
 
 
-def _hash_file(path: Path) -> str:
+def hash_file(path: Path) -> str:
+    """The SHA-256 of a file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise _damaged(path, str(error.strerror)) from None
+        raise damaged(path, str(error.strerror)) from None
+
+
+def hash_files(paths: Iterable[Path]) -> list[str]:
+    """The SHA-256 of each file, on all cores."""
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        return list(threads.map(hash_file, paths))
 
 
 def hash_of_hashes(hashes: Iterable[str]) -> str:

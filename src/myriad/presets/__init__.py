@@ -3,12 +3,19 @@
 from collections.abc import Callable
 
 from myriad.config import ConfigError, nearest
-from myriad.presets import demo
+from myriad.presets import demo, enwik8, wikitext
 from myriad.train import RunConfig
 
 _PRESETS: dict[str, Callable[[], RunConfig]] = {
     "demo-peer": demo.peer,
     "demo-dense": demo.dense,
+    "peer-256x256": wikitext.peer_256,
+    "dense-256x256": wikitext.dense_256,
+    "peer-512x512": wikitext.peer_512,
+    "dense-512x512": wikitext.dense_512,
+    "peer-paper": wikitext.peer_paper,
+    "enwik8-peer": enwik8.peer,
+    "enwik8-dense": enwik8.dense,
 }
 
 

@@ -6,26 +6,42 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, PositiveInt, model_validator
 
 from myriad.config import Config, ConfigError, Count, apply_overrides, parse_overrides, validate
+from myriad.data.recipe import Preparation, Recipe, Spec
 from myriad.data.tokenizer import known_vocab_size
 from myriad.models import ModelConfig
 from myriad.train.optim import OptimConfig
 
 
-class DataConfig(Config):
+class DataConfig(Preparation):
     """Where the tokens come from: a prepared store, or a source that is prepared when the run starts."""
 
     path: str | None = None
     """A store made by `myriad data prepare`."""
-    source: str | None = None
-    """A source to prepare: `python` (the standard library's own sources), a file or a folder."""
-    tokenizer: str = "bytes"
-    """For a source: `bytes`, `bpe:8192`, or the path of a tokenizer, store or run."""
+    source: Spec | None = None
+    """A source to prepare: `python` (the standard library's own sources), a file, a folder or a Hugging Face
+    dataset, as `myriad data prepare` takes it."""
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
         if (self.path is None) == (self.source is None):
             raise ValueError("expected exactly one of path and source")
         return self
+
+    @model_validator(mode="after")
+    def _a_store_is_prepared(self) -> Self:
+        default = {name: field.default for name, field in Preparation.model_fields.items()}
+        changed = [name for name in default if getattr(self, name) != default[name]]
+        if self.path is not None and changed:
+            raise ValueError(f"path: a store was prepared with settings of its own; {changed[0]} has no effect on it")
+        return self
+
+    def recipe(self) -> Recipe:
+        """How the source becomes a store.
+
+        Raises:
+            ConfigError: the data are a prepared store.
+        """
+        return validate(Recipe, self.model_dump(exclude={"path"}))
 
 
 class BudgetConfig(Config):
@@ -178,7 +194,8 @@ def with_overrides(raw: Mapping[str, Any], words: Sequence[str]) -> RunConfig:
     if any(path.startswith("data.") for path in changes):
         raw = _without_derived_vocabulary(raw)
     if changes.get("data.path") is not None:
-        raw = _without(raw, "data", "tokenizer")
+        for setting in Preparation.model_fields:  # a store was made with settings of its own
+            raw = _without(raw, "data", setting)
     return validate(RunConfig, apply_overrides(raw, changes, RunConfig.alternatives))
 
 

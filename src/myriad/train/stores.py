@@ -1,47 +1,88 @@
 """A run's data: the store that it names, or the one made of the source that it names."""
 
-import hashlib
 import re
+import time
 from pathlib import Path
 
 from myriad.config import ConfigError
 from myriad.data import DataError
-from myriad.data.sources import Corpus, open_source
-from myriad.data.store import Store, prepare
+from myriad.data.prepare import BusyError, has_changed, prepare
+from myriad.data.store import Store
 from myriad.train.record import Display
 from myriad.train.run import DataConfig, RunConfig
+
+SECONDS_BETWEEN_NOTES = 10.0
+SECONDS_BETWEEN_LOOKS = 1.0
 
 
 def store_path(data: DataConfig, out: Path) -> Path:
     """Where the tokens of a run are: the store that it names, or the one made of its source, beside the run."""
     if data.path is not None:
         return Path(data.path)
-    assert data.source is not None
-    source, tokenizer = data.source, data.tokenizer
-    place = str(Path(source).resolve()) if Path(source).exists() else source
-    mark = hashlib.sha256(f"{place}\n{tokenizer}".encode()).hexdigest()[:8]
-    name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{Path(source).name}-{Path(tokenizer).name}")
-    return out.resolve().parent / "data" / f"{name}-{mark}"
+    recipe = data.recipe()
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{Path(recipe.source).name}-{Path(recipe.tokenizer).name}")
+    return out.resolve().parent / "data" / f"{name}-{recipe.located().digest()[:8]}"
 
 
 def open_store(data: DataConfig, out: Path, display: Display) -> Store:
-    """Open a run's store and check every byte; a source's store that is not there yet is prepared.
+    """Open a run's store, made and checked by `ensure_store`.
+
+    Raises:
+        DataError: it is missing or damaged, or the source has changed since it was prepared.
+    """
+    return Store.open(ensure_store(data, out, display))
+
+
+def ensure_store(data: DataConfig, out: Path, display: Display) -> Path:
+    """See that a run's store is there, whole and of the source as it is: all that takes time about it.
+
+    A source's store that is not there yet is prepared; while another process prepares it, this one waits.
+
+    Returns:
+        the store's folder.
 
     Raises:
         DataError: it is missing or damaged, or the source has changed since it was prepared.
     """
     path = store_path(data, out)
     if data.source is not None and not path.exists():
-        display.note(f"preparing {data.source} with {data.tokenizer} tokens in {path}")
-        return prepare(data.source, data.tokenizer, path)
+        _prepare(data, path, display)
     store = Store.open(path)
     store.verify()
-    if data.source is not None and Corpus(open_source(data.source)).survey.sha256 != store.index.source_sha256:
+    if data.source is not None and has_changed(store, data.recipe()):
         raise DataError(
             f"{path}: {data.source} has changed since this store was made of it; "
             f"remove the store to prepare it anew, or train on it as it is with data.path={path}"
         )
-    return store
+    return path
+
+
+def _prepare(data: DataConfig, path: Path, display: Display) -> None:
+    """Prepare a store, or wait until another process has."""
+    display.note(f"preparing {data.source} with {data.tokenizer} tokens in {path}")
+    waiting = False
+    while not path.exists():
+        try:
+            prepare(data.recipe(), path, _Notes(display))
+        except BusyError:
+            if not waiting:
+                display.note(f"waiting for another process, which prepares {path}")
+            waiting = True
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+class _Notes:
+    """Tells a display now and then how far a preparation is."""
+
+    def __init__(self, display: Display):
+        self._display = display
+        self._last = time.monotonic()
+
+    def __call__(self, stage: str, done: int, total: int | None) -> None:
+        if time.monotonic() - self._last >= SECONDS_BETWEEN_NOTES:
+            self._last = time.monotonic()
+            share = f" ({done / total:.0%})" if total else ""
+            self._display.note(f"{stage}: {done / 1e6:,.0f} MB{share}")
 
 
 def with_store_vocabulary(run: RunConfig, store: Store) -> RunConfig:
