@@ -190,13 +190,7 @@ def _comparison(contenders: Sequence[Contender]) -> list[Group]:
         row("Best validation loss", "nats per token", number, lambda run: run.best_validation_loss),
     ]
     held_out = [
-        row(
-            "Bits per byte",
-            "the measure of the verdict",
-            number,
-            lambda run: run.perplexity.bits_per_byte,
-            decisive=True,
-        ),
+        row("Bits per byte", "decides the verdict", number, lambda run: run.perplexity.bits_per_byte, decisive=True),
         row("Loss", "nats per token", number, lambda run: run.perplexity.loss),
         row("Token perplexity", "", number, lambda run: run.perplexity.token_perplexity),
         row("Word perplexity", "", number, lambda run: run.perplexity.word_perplexity),
