@@ -50,6 +50,13 @@ class Row(NamedTuple):
     decisive: bool = False
 
 
+class Group(NamedTuple):
+    """Lines of the comparison under a heading of their own; under none where it is empty."""
+
+    heading: str
+    rows: list[Row]
+
+
 def write_report(
     path: str | Path,
     *,
@@ -78,7 +85,7 @@ def write_report(
         title=title,
         verdicts=summary(contenders),
         contenders=contenders,
-        rows=_comparison(contenders),
+        comparisons=_comparison(contenders),
         losses=_picture(loss_curves, curves, _describe_curves(curves)),
         usages=[
             (name, layers, _picture(expert_usage, layers, _describe_usage(layers))) for name, layers in routed.items()
@@ -167,30 +174,35 @@ def visible(text: str) -> str:
     return text.translate(signs | {0x7F: 0x2421})
 
 
-def _comparison(contenders: Sequence[Contender]) -> list[Row]:
+def _comparison(contenders: Sequence[Contender]) -> list[Group]:
     def row(label: str, unit: str, show: Callable[[Any], str], value: Callable[[Contender], Any], **options) -> Row:
         return Row(label, unit, [show(value(run)) for run in contenders], **options)
 
-    return [
+    cost = [
         row("Parameters", "total", whole, lambda run: run.cost.parameters),
         row("Active parameters", "per token", whole, lambda run: run.cost.active_parameters),
         row("FLOPs", "per token, forward", whole, lambda run: run.cost.flops),
+    ]
+    training = [
         row("Training tokens", "", whole, lambda run: run.training_tokens),
         row("Speed", "tokens/s, median of the steps", whole, lambda run: run.tokens_per_second),
         row("Training time", "without validation", duration, lambda run: run.seconds),
         row("Best validation loss", "nats per token", number, lambda run: run.best_validation_loss),
-        row("Held-out loss", "nats per token", number, lambda run: run.perplexity.loss),
-        row("Token perplexity", "held-out", number, lambda run: run.perplexity.token_perplexity),
-        row("Word perplexity", "held-out", number, lambda run: run.perplexity.word_perplexity),
-        row("Bits per byte", "held-out", number, lambda run: run.perplexity.bits_per_byte, decisive=True),
+    ]
+    held_out = [
+        row("Bits per byte", "decides the verdict", number, lambda run: run.perplexity.bits_per_byte, decisive=True),
+        row("Loss", "nats per token", number, lambda run: run.perplexity.loss),
+        row("Token perplexity", "", number, lambda run: run.perplexity.token_perplexity),
+        row("Word perplexity", "", number, lambda run: run.perplexity.word_perplexity),
         row("Evaluated on", "split", str, lambda run: run.split),
-        row("Targets", "each counted once", whole, lambda run: run.perplexity.tokens),
+        row("Targets", "tokens, each counted once", whole, lambda run: run.perplexity.tokens),
         row("Context", "tokens of a window", whole, lambda run: run.perplexity.context),
         row("Stride", "tokens between windows", whole, lambda run: run.perplexity.stride),
     ]
+    return [Group("Cost", cost), Group("Training", training), Group("Held-out text", held_out)]
 
 
-def _origins(contenders: Sequence[Contender]) -> list[Row]:
+def _origins(contenders: Sequence[Contender]) -> list[Group]:
     """On what the runs were made; where the sessions of one run differ, all that they recorded."""
 
     def row(label: str, show: Callable[[dict[str, Any]], Any]) -> Row:
@@ -199,7 +211,7 @@ def _origins(contenders: Sequence[Contender]) -> list[Row]:
     def versions(session: dict[str, Any]) -> str:
         return ", ".join(f"{name} {version}" for name, version in session.get("versions", {}).items())
 
-    return [
+    rows = [
         Row("Config", "digest", [run.digest for run in contenders]),
         Row("Seed", "", [str(run.run.seed) for run in contenders]),
         Row("Sessions", "", [str(len(run.sessions)) for run in contenders]),
@@ -210,6 +222,7 @@ def _origins(contenders: Sequence[Contender]) -> list[Row]:
         row("Kernels", lambda session: _flat(session.get("kernels"))),
         row("Versions", versions),
     ]
+    return [Group("", rows)]
 
 
 def _distinct(values: Any) -> str:

@@ -1,0 +1,80 @@
+"""The pages' commands and code are run as they stand: each page from top to bottom, in an empty folder.
+
+- A line of a bash block that begins with `myriad` is called in this process, for speed; any other by a shell.
+- Python blocks share their names.
+- A block whose first line is a comment with the name of a file, such as `# small.yaml`, is written to that file.
+
+Other blocks (`text`, `console`, `sh`) are not run.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import myriad
+from myriad.cli import main
+from myriad.ffn import FFNConfig
+
+ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", "docs/tour.md"]
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """Language and content of each block to run."""
+    return re.findall(r"^```(bash|python|yaml)\n(.*?)^```$", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Calls one line of a bash block."""
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(Path(myriad.__file__).parents[1]),
+        "OMP_NUM_THREADS": "1",
+    }
+
+    def call(line: str) -> None:
+        words = shlex.split(line, comments=True)
+        if words[0] != "myriad":
+            subprocess.run(line, shell=True, check=True, env=environment, timeout=300)
+            return
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        assert ended.value.code in (0, None), f"{line}\n{said.err}"
+        assert said.out, line
+
+    return call
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_and_every_block_of_code(page, call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(FFNConfig, "kinds", dict(FFNConfig.kinds))  # a page may register a layer of its own
+    names: dict[str, object] = {}
+    found = blocks(page)
+    assert {language for language, _ in found} >= {"bash", "python"}
+    for language, content in found:
+        file = re.match(r"# (\S+\.\w+)\n", content)
+        if file:
+            Path(file[1]).write_text(content)
+        elif language == "bash":
+            for line in content.replace("\\\n", " ").splitlines():
+                call(line)
+        elif language == "python":
+            exec(compile(content, page, "exec"), names)
+
+
+def test_every_link_leads_somewhere():
+    for page in [ROOT / "README.md", *ROOT.glob("docs/*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
