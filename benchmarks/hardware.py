@@ -72,7 +72,7 @@ def measure(name: str, tokens: int, steps: int) -> dict:
         words += [f"model.vocab_size={run.model.vocab_size or GPT2_VOCABULARY}"]
         run = with_overrides(run.model_dump(mode="json"), words)
         fit(run, Path(folder) / "run")
-        records = [record for record in read_records(Path(folder) / "run" / "metrics.jsonl")]
+        records = list(read_records(Path(folder) / "run" / "metrics.jsonl"))
         session = json.loads((Path(folder) / "run" / "sessions.jsonl").read_text().splitlines()[-1])
     speeds = [record["tokens_per_second"] for record in records if record["kind"] == "train"][1:]
     cost = run.model.cost()

@@ -3,7 +3,6 @@
 A fault during a run is exit code 1.
 """
 
-import json
 import os
 import shutil
 from pathlib import Path
