@@ -6,7 +6,7 @@
       checkpoints/00000100/               the same files, and
         training/                         the optimizer's moments, counters
         manifest.json                     size and SHA-256 of every file
-      metrics.jsonl  sessions.jsonl       written by the training loop
+      metrics.jsonl  sessions.jsonl       written by the training loop, sealed in every checkpoint's counters
 
 A checkpoint is written into a temporary folder, synced, and renamed: it is whole or absent. Nothing is ever
 unpickled: safetensors and JSON only.
@@ -25,7 +25,7 @@ from huggingface_hub import save_torch_state_dict
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from myriad.config import Config, MyriadError, RunError, describe
 from myriad.models import LanguageModel, ModelConfig
@@ -95,28 +95,36 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _hash_file(path: Path) -> FileEntry:
+def hash_file(path: Path) -> FileEntry:
+    """A file's size and SHA-256."""
     with path.open("rb") as file:
         return FileEntry(size=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def _hash_folder(folder: Path) -> dict[str, FileEntry]:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): _hash_file(path) for path in paths}
+    return {path.relative_to(folder).as_posix(): hash_file(path) for path in paths}
 
 
-def verify(folder: Path, manifest: Manifest) -> None:
+def verify(folder: Path, manifest: Manifest, only: str | None = None) -> None:
     """Compare a folder's files with a manifest.
+
+    Args:
+        folder: the folder.
+        manifest: what it must hold.
+        only: the one file to compare; None: all.
 
     Raises:
         CheckpointError: names the first file that is missing, of another size, or of another hash.
     """
     for name, expected in manifest.files.items():
         path = folder / name
+        if only not in (None, name):
+            continue
         try:
             if path.stat().st_size != expected.size:
                 raise CheckpointError(f"{path}: damaged ({path.stat().st_size} bytes, not {expected.size})")
-            if _hash_file(path) != expected:
+            if hash_file(path) != expected:
                 raise CheckpointError(f"{path}: damaged (its SHA-256 does not agree)")
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
@@ -347,6 +355,21 @@ def load_weights(model: LanguageModel, folder: Path) -> None:
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()]
         raise CheckpointError(f"{folder}: the weights do not fit its config: {' '.join(lines[:2])}") from None
+
+
+def refuse_broken_weights(model: nn.Module, where: str | Path) -> None:
+    """Refuse weights that hold NaN or infinity: everything that is computed with them is worthless.
+
+    Args:
+        model: its parameters and buffers are looked through.
+        where: names it in the error.
+
+    Raises:
+        CheckpointError: names the first tensor that is not finite.
+    """
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise CheckpointError(f"{where}: the weights are broken ({name} is not finite)")
 
 
 def load(run: str | Path, device: str | torch.device = "cpu") -> LanguageModel:

@@ -22,6 +22,8 @@ from rich.progress import (
 )
 
 CLOCK_FIELDS = ("seconds", "tokens_per_second")
+AXES = ("step", "tokens")
+"""Fields that the others are drawn against."""
 Record = dict[str, Any]
 
 
@@ -34,7 +36,7 @@ def to_json(record: Record) -> str:
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """The records of a file, as far as its lines are whole."""
+    """The records of a file, as far as its lines are whole; others may be torn by a kill, or damaged."""
     if not path.exists():
         return
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -42,7 +44,7 @@ def read_records(path: Path) -> Iterator[Record]:
             record = json.loads(line)
         except ValueError:
             continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
+        if isinstance(record, dict) and all(isinstance(record.get(axis), int) for axis in AXES):
             yield record
 
 
@@ -134,7 +136,8 @@ class Terminal:
     def show(self, record: Record) -> None:
         if record["kind"] == "train":
             self._numbers["loss"] = f"loss {record['loss']:.3f}"
-            self._numbers["speed"] = f"{record['tokens_per_second']:,.0f} tok/s"
+            speed = record["tokens_per_second"]  # None where the clock stood still
+            self._numbers["speed"] = "" if speed is None else f"{speed:,.0f} tok/s"
         else:
             self._numbers["validation"] = f"val {record['loss']:.3f} ({record['bits_per_byte']:.3f} bpb)"
             if not self._console.is_terminal:
