@@ -29,7 +29,6 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
 
-
 MAX_FAULTS, MAX_LINE = 20, 500
 """Of an error's text: lines, and characters of a line. What stood in a file may be of any length."""
 

@@ -36,6 +36,9 @@ from myriad.train.trackers import Opener, Trackers, open_trackers
 MAY_CHANGE = ("out", "budget", "train", "evaluation", "early_stopping", "checkpoint")
 """Settings in which a resumed run may differ from its record."""
 
+MOST_PARAMETERS = 2**48
+"""A quadrillion bytes: no machine has so many, and PyTorch's own errors beyond them are about overflowing integers."""
+
 
 def fit(
     run: RunConfig,
@@ -121,17 +124,23 @@ def _alone_in(out: Path) -> Iterator[None]:
 @contextmanager
 def _naming_lack_of_memory(run: RunConfig) -> Iterator[None]:
     """Turn the allocators' errors into one that says what the model needs."""
+    if run.model.cost().parameters > MOST_PARAMETERS:
+        raise _lack_of_memory(run)
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
             raise
-        parameters = run.model.cost().parameters
-        raise RunError(
-            f"out of memory: the model has {parameters:,} parameters, which with gradients and moments take about "
-            f"{16 * parameters / 1e9:,.1f} GB in float32, and activations more; "
-            "a smaller batch.micro_tokens or train.activation_checkpointing=true hold fewer of these"
-        ) from None
+        raise _lack_of_memory(run) from None
+
+
+def _lack_of_memory(run: RunConfig) -> RunError:
+    parameters = run.model.cost().parameters
+    return RunError(
+        f"out of memory: the model has {parameters:,} parameters, which with gradients and moments take about "
+        f"{16 * parameters // 10**6:,} MB in float32, and activations more; "
+        "a smaller batch.micro_tokens or train.activation_checkpointing=true hold fewer of these"
+    )
 
 
 def holds_run(folder: Path) -> bool:
