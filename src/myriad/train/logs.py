@@ -5,6 +5,7 @@ what a kill cuts short, leaves it intact; a resumed run drops later records and 
 """
 
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,15 @@ SEALS = TypeAdapter(dict[str, FileEntry])
 def seal_logs(run: Path) -> dict[str, FileEntry]:
     """The logs of a run folder as they are now."""
     return {name: checkpoint.hash_file(run / name) for name in LOGS if (run / name).exists()}
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a log; one that a kill left torn is ended first."""
+    with path.open("a+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        torn = file.read() not in (b"", b"\n")
+        file.write((b"\n" if torn else b"") + line.encode() + b"\n")
 
 
 def broken_seals(run: Path, state: Mapping[str, Any]) -> dict[str, FileEntry]:

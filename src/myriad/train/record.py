@@ -42,10 +42,20 @@ def read_records(path: Path) -> Iterator[Record]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict) and all(isinstance(record.get(axis), int) for axis in AXES):
+        if _is_record(record):
             yield record
+
+
+def _is_record(found: object) -> bool:
+    if not isinstance(found, dict) or not all(_is_integer(found.get(axis)) for axis in AXES):
+        return False
+    return all(value is None or isinstance(value, str | float) or _is_integer(value) for value in found.values())
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and abs(value) < 2**63  # a larger one is nothing that was counted
 
 
 class Metrics:

@@ -24,6 +24,7 @@ from myriad.data.stream import Stream
 from myriad.models import LanguageModel
 from myriad.models.transformer import Block
 from myriad.train.job import Job, read_state, restore
+from myriad.train.logs import append_line
 from myriad.train.loop import Outcome, train
 from myriad.train.optim import build_optimizer
 from myriad.train.precision import Precision, resolve_precision
@@ -280,8 +281,7 @@ def _record_session(job: Job) -> None:
         "threads": torch.get_num_threads(),
         "versions": {"myriad": __version__, "torch": torch.__version__, "python": sys.version.split()[0]},
     }
-    with (job.folder / "sessions.jsonl").open("a") as file:
-        file.write(json.dumps(session) + "\n")
+    append_line(job.folder / "sessions.jsonl", json.dumps(session))
 
 
 def _processor() -> str:
