@@ -152,8 +152,8 @@ class Terminal:
             self._numbers["validation"] = f"val {record['loss']:.3f} ({record['bits_per_byte']:.3f} bpb)"
             if not self._console.is_terminal:
                 step, loss, bits = record["step"], record["loss"], record["bits_per_byte"]
-                speed = self._numbers["speed"]
-                self.note(f"step {step}: validation loss {loss:.4f}, {bits:.4f} bits per byte, {speed}")
+                speed = f", {self._numbers['speed']}" if self._numbers["speed"] else ""
+                self.note(f"step {step}: validation loss {loss:.4f}, {bits:.4f} bits per byte{speed}")
         numbers = "  ".join(text for text in self._numbers.values() if text)
         self._progress.update(self._task, completed=record["step"], numbers=numbers)
 
