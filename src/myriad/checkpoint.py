@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,8 @@ class Manifest(Config):
         content = self.model_dump(mode="json")
         content["digest"] = _digest(content)
         temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        with naming(path):
+            temporary.write_text(json.dumps(content, indent=1) + "\n")
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
@@ -93,6 +95,15 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let the error of a write to a file name the file, which the system's own does not."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def hash_file(path: Path) -> FileEntry:
@@ -207,13 +218,14 @@ def save_checkpoint(
         for file, named in tensors.items():
             whole = {key: value.contiguous() for key, value in named.items()}
             save_file(whole, temporary / TRAINING / f"{file}.safetensors")
-    except SafetensorError as error:  # what it makes of a full disk
-        raise RunError(f"{temporary}: cannot be written ({error})") from None
-    _write_json(temporary / "run.json", run_config)
-    _write_json(temporary / TRAINING / "state.json", state)
-    for path in temporary.rglob("*"):
-        sync(path)
-    Manifest(files=_hash_folder(temporary), checkpoint=name).write(temporary / MANIFEST)
+        _write_json(temporary / "run.json", run_config)
+        _write_json(temporary / TRAINING / "state.json", state)
+        for path in temporary.rglob("*"):
+            sync(path)
+        Manifest(files=_hash_folder(temporary), checkpoint=name).write(temporary / MANIFEST)
+    except (OSError, SafetensorError) as error:  # of a full disk, a library makes errors of its own
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(f"{temporary}: cannot be written ({reason}); earlier checkpoints are kept") from None
     final = checkpoints / name
     if final.exists():  # a damaged one, or one of a run that was resumed from before it
         shutil.rmtree(final)

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from myriad import checkpoint
-from myriad.checkpoint import CheckpointError, FileEntry
+from myriad.checkpoint import CheckpointError, FileEntry, naming
 
 LOGS = ("metrics.jsonl", "sessions.jsonl")
 SEALS = TypeAdapter(dict[str, FileEntry])
@@ -26,7 +26,7 @@ def seal_logs(run: Path) -> dict[str, FileEntry]:
 
 def append_line(path: Path, line: str) -> None:
     """Add a line to a log; one that a kill left torn is ended first."""
-    with path.open("a+b") as file:
+    with naming(path), path.open("a+b") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 1))
         torn = file.read() not in (b"", b"\n")

@@ -8,6 +8,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -20,6 +21,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from myriad.checkpoint import naming
 
 CLOCK_FIELDS = ("seconds", "tokens_per_second")
 AXES = ("step", "tokens")
@@ -64,17 +67,21 @@ class Metrics:
     def __init__(self, path: Path, up_to_step: int) -> None:
         """Open a file and drop the records after a step: a resumed run writes them again."""
         kept = [to_json(record) for record in read_records(path) if record["step"] <= up_to_step]
+        self._path = path
         temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
+        with naming(path):
+            temporary.write_text("".join(line + "\n" for line in kept))
         temporary.replace(path)
         self._file = path.open("a")
 
     def write(self, record: Record) -> None:
-        self._file.write(to_json(record) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(to_json(record) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # of a record that could not be written: that has been said
+            self._file.close()
 
 
 class Display(Protocol):

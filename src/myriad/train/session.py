@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from myriad import __version__, checkpoint, distributed, kernels
-from myriad.checkpoint import CheckpointError
+from myriad.checkpoint import CheckpointError, naming
 from myriad.config import ConfigError, RunError, validate
 from myriad.data.store import Store
 from myriad.data.stream import Stream
@@ -264,7 +264,8 @@ def _record_session(job: Job) -> None:
     job.folder.mkdir(parents=True, exist_ok=True)
     if not (job.folder / "run.json").exists():
         temporary = job.folder / ".run.json.tmp"
-        temporary.write_text(json.dumps(job.run.model_dump(mode="json"), indent=2) + "\n")
+        with naming(job.folder / "run.json"):
+            temporary.write_text(json.dumps(job.run.model_dump(mode="json"), indent=2) + "\n")
         os.replace(temporary, job.folder / "run.json")
     session = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
