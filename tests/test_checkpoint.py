@@ -517,7 +517,7 @@ def test_a_checkpoint_that_another_program_wrote_wrongly_is_refused_in_one_line(
     whole = json.loads(state.read_text())
     for change in ({"progress": {"step": "many"}}, {"progress": None}, {"optimizer_steps": 3}):
         state.write_text(json.dumps(whole | change))
-        files = {**manifest.files, "training/state.json": checkpoint._hash_file(state)}
+        files = {**manifest.files, "training/state.json": checkpoint.hash_file(state)}
         manifest.model_copy(update={"files": files}).write(newest / "manifest.json")
         with pytest.raises(CheckpointError, match="training: damaged") as error:
             fit(run, folder, resume=True)

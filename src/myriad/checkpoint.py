@@ -6,7 +6,7 @@
       checkpoints/00000100/               the same files, and
         training/                         the optimizer's moments, counters
         manifest.json                     size and SHA-256 of every file
-      metrics.jsonl  sessions.jsonl       written by the training loop
+      metrics.jsonl  sessions.jsonl       written by the training loop, sealed in every checkpoint's counters
 
 A checkpoint is written into a temporary folder, synced, and renamed: it is whole or absent. Nothing is ever
 unpickled: safetensors and JSON only.
@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from huggingface_hub import save_torch_state_dict
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from myriad.config import Config, MyriadError, RunError, describe
 from myriad.models import LanguageModel, ModelConfig
@@ -57,7 +58,8 @@ class Manifest(Config):
         content = self.model_dump(mode="json")
         content["digest"] = _digest(content)
         temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        with naming(path):
+            temporary.write_text(json.dumps(content, indent=1) + "\n")
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
@@ -95,28 +97,45 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _hash_file(path: Path) -> FileEntry:
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let the error of a write to a file name the file, which the system's own does not."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def hash_file(path: Path) -> FileEntry:
+    """A file's size and SHA-256."""
     with path.open("rb") as file:
         return FileEntry(size=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def _hash_folder(folder: Path) -> dict[str, FileEntry]:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): _hash_file(path) for path in paths}
+    return {path.relative_to(folder).as_posix(): hash_file(path) for path in paths}
 
 
-def verify(folder: Path, manifest: Manifest) -> None:
+def verify(folder: Path, manifest: Manifest, only: str | None = None) -> None:
     """Compare a folder's files with a manifest.
+
+    Args:
+        folder: the folder.
+        manifest: what it must hold.
+        only: the one file to compare; None: all.
 
     Raises:
         CheckpointError: names the first file that is missing, of another size, or of another hash.
     """
     for name, expected in manifest.files.items():
         path = folder / name
+        if only not in (None, name):
+            continue
         try:
             if path.stat().st_size != expected.size:
                 raise CheckpointError(f"{path}: damaged ({path.stat().st_size} bytes, not {expected.size})")
-            if _hash_file(path) != expected:
+            if hash_file(path) != expected:
                 raise CheckpointError(f"{path}: damaged (its SHA-256 does not agree)")
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
@@ -199,13 +218,14 @@ def save_checkpoint(
         for file, named in tensors.items():
             whole = {key: value.contiguous() for key, value in named.items()}
             save_file(whole, temporary / TRAINING / f"{file}.safetensors")
-    except SafetensorError as error:  # what it makes of a full disk
-        raise RunError(f"{temporary}: cannot be written ({error})") from None
-    _write_json(temporary / "run.json", run_config)
-    _write_json(temporary / TRAINING / "state.json", state)
-    for path in temporary.rglob("*"):
-        sync(path)
-    Manifest(files=_hash_folder(temporary), checkpoint=name).write(temporary / MANIFEST)
+        _write_json(temporary / "run.json", run_config)
+        _write_json(temporary / TRAINING / "state.json", state)
+        for path in temporary.rglob("*"):
+            sync(path)
+        Manifest(files=_hash_folder(temporary), checkpoint=name).write(temporary / MANIFEST)
+    except (OSError, SafetensorError) as error:  # of a full disk, a library makes errors of its own
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(f"{temporary}: cannot be written ({reason}); earlier checkpoints are kept") from None
     final = checkpoints / name
     if final.exists():  # a damaged one, or one of a run that was resumed from before it
         shutil.rmtree(final)
@@ -347,6 +367,21 @@ def load_weights(model: LanguageModel, folder: Path) -> None:
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()]
         raise CheckpointError(f"{folder}: the weights do not fit its config: {' '.join(lines[:2])}") from None
+
+
+def refuse_broken_weights(model: nn.Module, where: str | Path) -> None:
+    """Refuse weights that hold NaN or infinity: everything that is computed with them is worthless.
+
+    Args:
+        model: its parameters and buffers are looked through.
+        where: names it in the error.
+
+    Raises:
+        CheckpointError: names the first tensor that is not finite.
+    """
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise CheckpointError(f"{where}: the weights are broken ({name} is not finite)")
 
 
 def load(run: str | Path, device: str | torch.device = "cpu") -> LanguageModel:

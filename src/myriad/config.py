@@ -13,7 +13,7 @@ import copy
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, LiteralString, TypeVar
 
@@ -28,6 +28,9 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
+
+MAX_FAULTS, MAX_LINE = 20, 500
+"""Of an error's text: lines, and characters of a line. What stood in a file may be of any length."""
 
 
 class MyriadError(Exception):
@@ -120,7 +123,7 @@ class Variant(Config):
             raise ValidationError.from_exception_data(cls.__name__, [fault])
         kind = raw["kind"]
         if not isinstance(kind, str) or kind not in cls.kinds:
-            text = f"unknown kind {kind!r}{nearest(kind, cls.kinds)} (known: {known})"
+            text = f"unknown kind {_show(kind, repr)}{nearest(_show(kind, str), cls.kinds)} (known: {known})"
             raise ValidationError.from_exception_data(cls.__name__, [_fault("unknown_kind", text, ("kind",), kind)])
         return cls.kinds[kind].model_validate(raw)
 
@@ -310,8 +313,27 @@ def validate(config_class: type[C], raw: Any) -> C:
 
 
 def describe(error: ValidationError) -> list[str]:
-    """A line for every fault of a failed validation."""
-    return [_describe_line(dict(line)) for line in error.errors(include_url=False)]
+    """A line for every fault of a failed validation; of very many, or very long ones, as much as helps."""
+    faults = error.errors(include_url=False, include_context=True)
+    lines = [_shorten(_describe_line(dict(fault)), MAX_LINE) for fault in faults[:MAX_FAULTS]]
+    more = len(faults) - len(lines)
+    return [*lines, f"config: {more} more faults"] if more else lines
+
+
+def _shorten(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def _show(value: object, form: Callable[[object], str]) -> str:
+    """A value as text, however odd it is."""
+    try:
+        return form(value)
+    except (ValueError, RecursionError):  # YAML's anchors can make a mapping that holds itself
+        pass
+    try:
+        return repr(value)
+    except ValueError:  # Python prints no integer of thousands of digits
+        return f"a very large {type(value).__name__}"
 
 
 def _describe_line(line: dict[str, Any]) -> str:
@@ -326,12 +348,8 @@ def _describe_line(line: dict[str, Any]) -> str:
     hint = ""
     if line["type"] == "literal_error":
         words = [word.strip(" '") for word in str(line["ctx"]["expected"]).replace(" or ", ",").split(",")]
-        hint = nearest(str(value), words)
+        hint = nearest(_show(value, str), words)
     if isinstance(value, bool):
         hint = " (YAML reads on, off, yes and no as true and false: put the word in quotes)"
-    try:
-        shown = json.dumps(value, default=str)
-    except (ValueError, RecursionError):  # YAML's anchors can make a mapping that holds itself
-        shown = repr(value)
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    shown = _shorten(_show(value, lambda found: json.dumps(found, default=str)), 60)
     return f"{path}: expected {message}, found {shown}{hint}"

@@ -72,7 +72,7 @@ def test_damaged_best_weights_do_not_keep_a_run_from_going_on(store, tmp_path, d
     state["progress"] |= {"best_step": int(older.name), "best_loss": 0.1}
     (newest / "training" / "state.json").write_text(json.dumps(state))
     manifest = checkpoint.Manifest.read(newest / "manifest.json")
-    files = manifest.files | {"training/state.json": checkpoint._hash_file(newest / "training" / "state.json")}
+    files = manifest.files | {"training/state.json": checkpoint.hash_file(newest / "training" / "state.json")}
     manifest.model_copy(update={"files": files}).write(newest / "manifest.json")
     (older / "manifest.json").write_text("{}")
     if damage == "deleted":

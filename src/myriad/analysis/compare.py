@@ -12,11 +12,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from myriad.checkpoint import read_json
+from myriad.checkpoint import INDEX, intact_folder, read_json
 from myriad.config import validate
 from myriad.evaluate import Perplexity
 from myriad.ffn import Cost
 from myriad.train import RunConfig
+from myriad.train.logs import refuse_damaged_logs
 from myriad.train.record import Record, read_records
 
 TIE = 0.005
@@ -103,10 +104,12 @@ def load_contender(run_folder: str | Path, name: str, perplexity: Perplexity, sp
         split: the name of that split.
 
     Raises:
-        MyriadError: the folder holds no settings of a run.
+        MyriadError: the folder holds no settings of a run, or they or its records are damaged.
     """
     folder = Path(run_folder)
-    run = validate(RunConfig, read_json(folder / "run.json"))
+    shown = intact_folder(folder) if (folder / INDEX).exists() else folder
+    run = validate(RunConfig, read_json(shown / "run.json"))
+    refuse_damaged_logs(folder)
     records = list(read_records(folder / "metrics.jsonl"))
     steps = [record for record in records if record.get("kind") == "train"]
     speeds = _numbers(steps, "tokens_per_second")
@@ -126,7 +129,12 @@ def load_contender(run_folder: str | Path, name: str, perplexity: Perplexity, sp
 
 
 def load_curve(run_folder: str | Path, name: str) -> Curve:
-    """The losses that a run recorded; empty where it recorded none."""
+    """The losses that a run recorded; empty where it recorded none.
+
+    Raises:
+        CheckpointError: its records are damaged.
+    """
+    refuse_damaged_logs(Path(run_folder))
     curve = Curve(name, [], [], [], [])
     for record in read_records(Path(run_folder) / "metrics.jsonl"):
         if record.get("kind") == "train":

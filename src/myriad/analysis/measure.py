@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from myriad.checkpoint import CHECKPOINTS, intact_folder, load, read_json
+from myriad.checkpoint import CHECKPOINTS, intact_folder, load, read_json, refuse_broken_weights
 from myriad.config import ConfigError, validate
 from myriad.data.store import Store, hash_of_hashes
 from myriad.data.tokenizer import Tokenizer
@@ -56,6 +56,7 @@ def measure_run(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = intact_folder(run)
     model = load(folder, device)
+    refuse_broken_weights(model, folder)
     store = open_store_of(run, folder) if data is None else Store.open(data)
     store.verify()
     _refuse_misfit(run, folder, model, store)

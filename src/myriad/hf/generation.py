@@ -13,7 +13,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from myriad.checkpoint import CheckpointError
+from myriad.checkpoint import CheckpointError, refuse_broken_weights
 from myriad.config import ConfigError
 from myriad.hf.model import MyriadForCausalLM
 
@@ -47,13 +47,14 @@ def open_model(run: str | Path, device: str | torch.device | None = None) -> Ope
         device: where to put the model; None: the accelerator, where there is one.
 
     Raises:
-        CheckpointError: not there, damaged, or without a tokenizer.
+        CheckpointError: not there, damaged, with weights that are not finite, or without a tokenizer.
     """
     if not Path(run).is_dir():  # transformers would look for a model of that name on the Hub
         raise CheckpointError(f"{run}: no such run folder")
     with _without_progress_bar():
         model = MyriadForCausalLM.from_pretrained(run)
     folder = Path(model.name_or_path)
+    refuse_broken_weights(model, folder)
     if not (folder / "tokenizer.json").exists():
         raise CheckpointError(f"{folder}: holds no tokenizer.json; text cannot be generated without one")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)

@@ -49,7 +49,7 @@ class TransformerConfig(ModelConfig):
     """Share dropped, in training, of the embedding's and of each sublayer's output."""
     ffns: dict[str, FFNConfig] = Field(default={"dense": DenseConfig()}, min_length=1)
     """Feed-forward layers by name."""
-    pattern: list[str] = Field(default=["dense"], min_length=1)
+    pattern: list[str] = Field(default=["dense"], min_length=1, max_length=10_000)
     """Names of `ffns`, block by block, repeated over the blocks."""
 
     @model_validator(mode="after")

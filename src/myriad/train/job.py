@@ -14,10 +14,12 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from myriad import checkpoint, distributed, kernels
-from myriad.checkpoint import CheckpointError
+from myriad.checkpoint import CheckpointError, FileEntry
+from myriad.config import RunError
 from myriad.data.store import Split, Store
 from myriad.data.stream import Stream
 from myriad.models import LanguageModel
+from myriad.train.logs import broken_seals, seal_logs
 from myriad.train.optim import NamedState, RoleOptimizer, optimizer_state, restore_optimizer
 from myriad.train.precision import Precision
 from myriad.train.record import Display
@@ -71,6 +73,8 @@ class Job:
     """The signal at which all processes have agreed to stop."""
     saved_step: int | None = None
     """The step of the newest checkpoint."""
+    broken_seals: dict[str, FileEntry] = field(default_factory=dict)
+    """Of logs that were damaged when the run was resumed; kept, so that the damage stays known."""
 
     @property
     def checkpoint_folders(self) -> Path:
@@ -81,13 +85,19 @@ def save(job: Job) -> None:
     """Write a checkpoint, show the best in the run folder, and delete what is no longer kept.
 
     The first process writes; the others, which hold the same, go on to the next exchange and wait there.
+
+    Raises:
+        RunError: the weights are not finite, or a file cannot be written; earlier checkpoints are as they were.
     """
+    _refuse_broken(job)
     job.saved_step = job.progress.step
     if distributed.rank():
         return
     moments = optimizer_state(job.optimizer, parameter_names(job.model))
+    seals = seal_logs(job.folder) | job.broken_seals
     state = {
         "progress": asdict(job.progress),
+        "logs": {name: seal.model_dump() for name, seal in seals.items()},
         "optimizer_steps": moments.steps,
         "precision": job.precision,
         "kernels": kernels.current(),
@@ -104,6 +114,14 @@ def save(job: Job) -> None:
         state=state,
     )
     publish(job, written)
+
+
+def _refuse_broken(job: Job) -> None:
+    """An update can break the weights though loss and gradients were finite: they must not replace what is kept."""
+    try:
+        checkpoint.refuse_broken_weights(job.model, f"stopped at step {job.progress.step}")
+    except CheckpointError as error:
+        raise RunError(f"{error}; the last checkpoint is kept. A lower optim.lr or optim.table_lr may help") from None
 
 
 def publish(job: Job, newest: Path) -> None:
@@ -126,6 +144,7 @@ def restore(job: Job, folder: Path) -> None:
     """
     training = folder / checkpoint.TRAINING
     checkpoint.load_weights(job.model, folder)
+    checkpoint.refuse_broken_weights(job.model, folder)
     state = read_state(folder)
     tensors = checkpoint.read_tensors(training / "optimizer.safetensors")
     moments = {name: value.to(job.device) for name, value in tensors.items()}
@@ -136,11 +155,20 @@ def restore(job: Job, folder: Path) -> None:
     except (KeyError, TypeError, ValidationError) as error:
         raise CheckpointError(f"{training}: damaged ({' '.join(str(error).split())})") from None
     job.saved_step = job.progress.step
+    if distributed.rank() == 0:
+        _note_damaged_logs(job, state)
     if damage := distributed.once(lambda: _damage_of_best(job)):
         # They cannot be shown again; the next validation finds others.
         job.display.note(f"the best weights are lost: {damage}")
         job.progress.best_step, job.progress.best_loss = None, None
     distributed.once(lambda: publish(job, folder))
+
+
+def _note_damaged_logs(job: Job, state: Mapping[str, Any]) -> None:
+    """Nothing that is computed depends on the logs: say what is damaged, and go on."""
+    job.broken_seals = broken_seals(job.folder, state)
+    for name in job.broken_seals:
+        job.display.note(f"{job.folder / name}: damaged; what can be read of it is kept, and reports will refuse it")
 
 
 def _damage_of_best(job: Job) -> str | None:

@@ -75,7 +75,7 @@ def train_step(job: Job) -> Record:
     progress.position += run.windows_per_step
     progress.skipped += not finite
     progress.skipped_in_a_row = 0 if finite else progress.skipped_in_a_row + 1
-    seconds = time.perf_counter() - started
+    seconds = max(0.0, time.perf_counter() - started)  # clocks have been seen to jump, and to stand still
     progress.seconds += seconds
     return {
         "kind": "train",
@@ -87,7 +87,7 @@ def train_step(job: Job) -> Record:
         "lr": scale * run.optim.lr,
         "skipped": progress.skipped,
         "seconds": round(progress.seconds, 3),
-        "tokens_per_second": round(run.batch.tokens / seconds, 1),
+        "tokens_per_second": round(run.batch.tokens / seconds, 1) if seconds else None,
     }
 
 

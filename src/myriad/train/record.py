@@ -8,6 +8,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -21,7 +22,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from myriad.checkpoint import naming
+
 CLOCK_FIELDS = ("seconds", "tokens_per_second")
+AXES = ("step", "tokens")
+"""Fields that the others are drawn against."""
 Record = dict[str, Any]
 
 
@@ -34,16 +39,26 @@ def to_json(record: Record) -> str:
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """The records of a file, as far as its lines are whole."""
+    """The records of a file, as far as its lines are whole; others may be torn by a kill, or damaged."""
     if not path.exists():
         return
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
+        if _is_record(record):
             yield record
+
+
+def _is_record(found: object) -> bool:
+    if not isinstance(found, dict) or not all(_is_integer(found.get(axis)) for axis in AXES):
+        return False
+    return all(value is None or isinstance(value, str | float) or _is_integer(value) for value in found.values())
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and abs(value) < 2**63  # a larger one is nothing that was counted
 
 
 class Metrics:
@@ -52,17 +67,21 @@ class Metrics:
     def __init__(self, path: Path, up_to_step: int) -> None:
         """Open a file and drop the records after a step: a resumed run writes them again."""
         kept = [to_json(record) for record in read_records(path) if record["step"] <= up_to_step]
+        self._path = path
         temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
+        with naming(path):
+            temporary.write_text("".join(line + "\n" for line in kept))
         temporary.replace(path)
         self._file = path.open("a")
 
     def write(self, record: Record) -> None:
-        self._file.write(to_json(record) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(to_json(record) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # of a record that could not be written: that has been said
+            self._file.close()
 
 
 class Display(Protocol):
@@ -134,13 +153,14 @@ class Terminal:
     def show(self, record: Record) -> None:
         if record["kind"] == "train":
             self._numbers["loss"] = f"loss {record['loss']:.3f}"
-            self._numbers["speed"] = f"{record['tokens_per_second']:,.0f} tok/s"
+            speed = record["tokens_per_second"]  # None where the clock stood still
+            self._numbers["speed"] = "" if speed is None else f"{speed:,.0f} tok/s"
         else:
             self._numbers["validation"] = f"val {record['loss']:.3f} ({record['bits_per_byte']:.3f} bpb)"
             if not self._console.is_terminal:
                 step, loss, bits = record["step"], record["loss"], record["bits_per_byte"]
-                speed = self._numbers["speed"]
-                self.note(f"step {step}: validation loss {loss:.4f}, {bits:.4f} bits per byte, {speed}")
+                speed = f", {self._numbers['speed']}" if self._numbers["speed"] else ""
+                self.note(f"step {step}: validation loss {loss:.4f}, {bits:.4f} bits per byte{speed}")
         numbers = "  ".join(text for text in self._numbers.values() if text)
         self._progress.update(self._task, completed=record["step"], numbers=numbers)
 

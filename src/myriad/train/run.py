@@ -51,7 +51,7 @@ class BudgetConfig(Config):
     """Optimizer steps."""
     tokens: Count | None = Field(default=None, ge=1)
     """Training tokens; the last step is whole."""
-    epochs: float | None = Field(default=None, gt=0)
+    epochs: float | None = Field(default=None, gt=0, le=1e9)
     """Passes over the training split; the last step is whole."""
 
     @model_validator(mode="after")
@@ -74,7 +74,7 @@ class BudgetConfig(Config):
 class BatchConfig(Config):
     """How many tokens make a step."""
 
-    tokens: Count = Field(default=4096, ge=1)
+    tokens: Count = Field(default=4096, ge=1, le=2**30)
     """Tokens of an optimizer step, a multiple of the model's context."""
     micro_tokens: Count | None = Field(default=None, ge=1)
     """Tokens computed at once, by all processes together, of which several micro-batches make a step; None: all."""

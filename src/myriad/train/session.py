@@ -17,13 +17,14 @@ import torch
 from filelock import FileLock, Timeout
 
 from myriad import __version__, checkpoint, distributed, kernels
-from myriad.checkpoint import CheckpointError
+from myriad.checkpoint import CheckpointError, naming
 from myriad.config import ConfigError, RunError, validate
 from myriad.data.store import Store
 from myriad.data.stream import Stream
 from myriad.models import LanguageModel
 from myriad.models.transformer import Block
 from myriad.train.job import Job, read_state, restore
+from myriad.train.logs import append_line
 from myriad.train.loop import Outcome, train
 from myriad.train.optim import build_optimizer
 from myriad.train.precision import Precision, resolve_precision
@@ -35,6 +36,9 @@ from myriad.train.trackers import Opener, Trackers, open_trackers
 
 MAY_CHANGE = ("out", "budget", "train", "evaluation", "early_stopping", "checkpoint")
 """Settings in which a resumed run may differ from its record."""
+
+MOST_PARAMETERS = 2**48
+"""A quadrillion bytes: no machine has so many, and PyTorch's own errors beyond them are about overflowing integers."""
 
 
 def fit(
@@ -121,17 +125,23 @@ def _alone_in(out: Path) -> Iterator[None]:
 @contextmanager
 def _naming_lack_of_memory(run: RunConfig) -> Iterator[None]:
     """Turn the allocators' errors into one that says what the model needs."""
+    if run.model.cost().parameters > MOST_PARAMETERS:
+        raise _lack_of_memory(run)
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
             raise
-        parameters = run.model.cost().parameters
-        raise RunError(
-            f"out of memory: the model has {parameters:,} parameters, which with gradients and moments take about "
-            f"{16 * parameters / 1e9:,.1f} GB in float32, and activations more; "
-            "a smaller batch.micro_tokens or train.activation_checkpointing=true hold fewer of these"
-        ) from None
+        raise _lack_of_memory(run) from None
+
+
+def _lack_of_memory(run: RunConfig) -> RunError:
+    parameters = run.model.cost().parameters
+    return RunError(
+        f"out of memory: the model has {parameters:,} parameters, which with gradients and moments take about "
+        f"{16 * parameters // 10**6:,} MB in float32, and activations more; "
+        "a smaller batch.micro_tokens or train.activation_checkpointing=true hold fewer of these"
+    )
 
 
 def holds_run(folder: Path) -> bool:
@@ -254,7 +264,8 @@ def _record_session(job: Job) -> None:
     job.folder.mkdir(parents=True, exist_ok=True)
     if not (job.folder / "run.json").exists():
         temporary = job.folder / ".run.json.tmp"
-        temporary.write_text(json.dumps(job.run.model_dump(mode="json"), indent=2) + "\n")
+        with naming(job.folder / "run.json"):
+            temporary.write_text(json.dumps(job.run.model_dump(mode="json"), indent=2) + "\n")
         os.replace(temporary, job.folder / "run.json")
     session = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -271,8 +282,7 @@ def _record_session(job: Job) -> None:
         "threads": torch.get_num_threads(),
         "versions": {"myriad": __version__, "torch": torch.__version__, "python": sys.version.split()[0]},
     }
-    with (job.folder / "sessions.jsonl").open("a") as file:
-        file.write(json.dumps(session) + "\n")
+    append_line(job.folder / "sessions.jsonl", json.dumps(session))
 
 
 def _processor() -> str:

@@ -17,10 +17,7 @@ from typing import Any, Protocol
 import yaml
 
 from myriad.config import ConfigError, RunError, nearest
-from myriad.train.record import Record
-
-AXES = ("step", "tokens")
-"""Fields that the others are drawn against."""
+from myriad.train.record import AXES, Record
 
 
 class Tracker(Protocol):

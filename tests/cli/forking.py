@@ -1,0 +1,122 @@
+"""The command in many processes, quickly: forks of one process that has loaded all that the command needs.
+
+A fork can have a limit on the size of files, or lack the rights by which root writes everywhere, and takes signals.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from calling import Result
+
+SERVER = """
+import ctypes, json, os, resource, signal, sys, traceback
+
+os.environ["GOMP_SPINCOUNT"] = "20000"
+import torch
+torch.set_num_threads(1)
+import matplotlib.figure, matplotlib.backends.backend_agg
+import myriad.analysis.curve, myriad.analysis.measure, myriad.cli.app, myriad.hf.generation, myriad.presets
+import myriad.train, myriad.train.trackers
+from myriad.cli import main
+
+
+def renounce_rights():
+    '''Root's too; what the modes of files say holds then.'''
+    if os.geteuid() == 0:
+        header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+        if ctypes.CDLL(None, use_errno=True).capset(header, none):
+            raise OSError(ctypes.get_errno(), "capset")
+
+
+def command(order):
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(os.path.join(order["folder"], name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    if order["largest"] is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (order["largest"], order["largest"]))
+    if order["plain"]:
+        renounce_rights()
+    sys.argv = ["myriad", *order["words"]]
+    code = 0
+    try:
+        main()
+    except SystemExit as exit:
+        code = exit.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+for line in sys.stdin:
+    order = json.loads(line)
+    if "wait" in order:
+        answer = os.waitstatus_to_exitcode(os.waitpid(order["wait"], 0)[1])
+    else:
+        answer = os.fork()
+        if answer == 0:
+            command(order)
+    print(answer, flush=True)
+"""
+
+
+class Forked:
+    """One command that runs, or has run."""
+
+    def __init__(self, server: "Server", words: tuple[object, ...], folder: Path, **options: Any) -> None:
+        self._server, self._folder = server, folder
+        order = {"words": [str(word) for word in words], "folder": str(folder), "largest": None, "plain": False}
+        self.pid = server.ask(order | options)
+        self._result: Result | None = None
+
+    def send(self, number: signal.Signals) -> None:
+        if self._result is None:
+            os.kill(self.pid, number)
+
+    def wait(self) -> Result:
+        if self._result is None:
+            code = self._server.ask({"wait": self.pid})
+            self._result = Result(code, *((self._folder / name).read_text() for name in ("out", "err")))
+        return self._result
+
+
+class Server:
+    """Starts commands.
+
+    Args:
+        folder: for what they say.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._count = folder, 0
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, "-c", SERVER]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
+
+    def ask(self, order: dict[str, Any]) -> int:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+    def start(self, *words: object, **options: Any) -> Forked:
+        """Start a command; `largest`: of bytes in a file; `plain`: without root's rights."""
+        self._count += 1
+        folder = self._folder / str(self._count)
+        folder.mkdir()
+        return Forked(self, words, folder, **options)
+
+    def run(self, *words: object, **options: Any) -> Result:
+        return self.start(*words, **options).wait()
+
+    def close(self) -> None:
+        self._process.communicate()
