@@ -21,7 +21,7 @@ from myriad.cli import main
 from myriad.ffn import FFNConfig
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "docs/tour.md"]
+PAGES = ["README.md", "docs/tour.md", "docs/data.md"]
 
 
 def blocks(page: str) -> list[tuple[str, str]]:
