@@ -282,6 +282,17 @@ def intact_checkpoints(run: Path) -> Iterator[tuple[Path, CheckpointError | None
             yield folder, error
 
 
+def newest_file(run: Path, name: str) -> Path:
+    """A file of the newest checkpoint that has it intact, whatever became of the others; else the run's own."""
+    for folder in reversed(list_checkpoints(run)):
+        try:
+            verify(folder, Manifest.read(folder / MANIFEST), only=name)
+            return folder / name
+        except CheckpointError:
+            continue
+    return run / name
+
+
 def intact_folder(folder: Path) -> Path:
     """The folder to read a model from: a checkpoint, a Hugging Face folder, or a run's shown weights.
 

@@ -72,15 +72,14 @@ def resolve_run(target: str, overrides: list[str]) -> tuple[RunConfig, str]:
         ConfigError: neither a preset nor a file nor a run folder, or settings that cannot be.
     """
     from myriad import presets
-    from myriad.checkpoint import intact_checkpoints
+    from myriad.checkpoint import newest_file
     from myriad.config import ConfigError, load_yaml, nearest
     from myriad.train import with_overrides
 
     path = Path(target)
     if path.is_dir():
         # The folder itself shows the best weights; settings changed on a later resume are in the newest checkpoint.
-        newest = next((folder for folder, damage in intact_checkpoints(path) if damage is None), path)
-        raw = load_yaml(newest / "run.json")
+        raw = load_yaml(newest_file(path, "run.json"))
         raw["out"] = target
         return with_overrides(raw, overrides), path.resolve().name
     if path.suffix in (".yaml", ".yml", ".json") or path.is_file():
