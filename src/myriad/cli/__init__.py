@@ -17,37 +17,47 @@ def main() -> None:
     # Read by OpenMP when torch is loaded. Threads that spin long while they wait make a run several times slower
     # where it shares its cores with other work; a short spin costs nothing measurable where it does not.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    with _noting_interrupts() as interrupts:
+    with _noting_interrupts():
         try:
             from myriad.cli.app import app
 
             app()
         except BaseException as error:
-            _end(error, interrupted=bool(interrupts))
+            _end(error)
+
+
+_interrupts: list[int] = []
+"""Ctrl-C's signals so far. What one interrupts may be an import that makes another error of it, or none at all."""
+
+
+def end_if_interrupted() -> None:
+    """End here, where a library that was being imported has swallowed a Ctrl-C."""
+    if _interrupts:
+        raise KeyboardInterrupt
 
 
 @contextmanager
-def _noting_interrupts() -> Iterator[list[int]]:
-    """The signals of Ctrl-C so far: what one interrupts may be an import that makes another error of it."""
-    noted: list[int] = []
-
+def _noting_interrupts() -> Iterator[None]:
     def interrupt(number: int, frame: object) -> NoReturn:
-        noted.append(number)
+        _interrupts.append(number)
         raise KeyboardInterrupt
 
+    _interrupts.clear()
     before = signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupt)
     try:
-        yield noted
+        yield
     finally:
         if before is signal.default_int_handler:
             signal.signal(signal.SIGINT, before)
 
 
-def _end(error: BaseException, interrupted: bool) -> NoReturn:
+def _end(error: BaseException) -> NoReturn:
     """Say in a line what ended the command, if it is a fault that the user can mend."""
-    if interrupted or isinstance(error, KeyboardInterrupt):
+    if isinstance(error, SystemExit) and not error.code:
+        raise error
+    if _interrupts or isinstance(error, KeyboardInterrupt):
         _fail("interrupted", 130)
     if isinstance(error, SystemExit):
         raise error

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from myriad.cli import end_if_interrupted
+
 if TYPE_CHECKING:
     from myriad.train import RunConfig
     from myriad.train.loop import Outcome
@@ -34,6 +36,7 @@ def train(
     from myriad.train.record import Silent, Terminal
     from myriad.train.trackers import named
 
+    end_if_interrupted()
     with joined():
         trackers = [LearningCurve, *named(track)]
         run, name = resolve_run(target, overrides or [])
