@@ -16,14 +16,14 @@ from tiny import tiny_model, tiny_run
 TINY = [
     "model.d_model=16",
     "model.heads=2",
-    "model.layers=1",
     "model.context=32",
     "batch.tokens=128",
+    "batch.micro_tokens=null",
     "budget.steps=4",
     "evaluation.every=2",
     "evaluation.tokens=256",
 ]
-"""Overrides that make the demo presets tiny."""
+"""Overrides that make presets tiny, whose layers then are those of one pattern."""
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,8 @@ def test_without_out_the_run_goes_to_runs_and_the_files_name(myriad, config, tmp
 
 @pytest.mark.parametrize("preset", presets.names())
 def test_a_preset_with_overrides_trains(myriad, preset, store, tmp_path):
-    result = myriad("train", preset, *TINY, f"data.path={store.path}", f"out={tmp_path / 'run'}")
+    layers = f"model.layers={len(presets.get(preset).model.model_dump()['pattern'])}"
+    result = myriad("train", preset, *TINY, layers, f"data.path={store.path}", f"out={tmp_path / 'run'}")
     assert result.code == 0, result.err
     assert [record["step"] for record in read_records(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 2, 3, 4, 4]
     recorded = json.loads((tmp_path / "run" / "run.json").read_text())

@@ -59,7 +59,7 @@ def test_parts_lose_nothing_and_stay_short(documents, part, longest):
     whole = ["".join(texts) for texts in documents]
     assert joined == [text for text in whole if text]
     assert words == [len(text.split()) for text in joined]
-    assert all(0 < len(piece.text) < longest + part for piece in found)
+    assert all(0 < len(piece.text) < longest + 2 * part for piece in found)
 
 
 def test_a_text_without_words_is_cut_anywhere(sizes):
