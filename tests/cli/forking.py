@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def renounce_rights():
 def command(order):
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(os.path.join(order["folder"], name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.mkdir(os.path.join(order["folder"], "ready"))
     if order["largest"] is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["largest"], order["largest"]))
@@ -75,6 +77,10 @@ class Forked:
         order = {"words": [str(word) for word in words], "folder": str(folder), "largest": None, "plain": False}
         self.pid = server.ask(order | options)
         self._result: Result | None = None
+        until = time.monotonic() + 60
+        while not (folder / "ready").exists():  # signals before that would not reach the command
+            assert time.monotonic() < until
+            time.sleep(0.001)
 
     def send(self, number: signal.Signals) -> None:
         if self._result is None:

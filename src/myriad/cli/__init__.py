@@ -9,7 +9,11 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import NoReturn
+
+INTERRUPTED = 130
+"""The exit code after Ctrl-C; typer's too."""
 
 
 def main() -> None:
@@ -17,7 +21,7 @@ def main() -> None:
     # Read by OpenMP when torch is loaded. Threads that spin long while they wait make a run several times slower
     # where it shares its cores with other work; a short spin costs nothing measurable where it does not.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    with _noting_interrupts():
+    with _catching_interrupts():
         try:
             from myriad.cli.app import app
 
@@ -26,39 +30,34 @@ def main() -> None:
             _end(error)
 
 
-_interrupts: list[int] = []
-"""Ctrl-C's signals so far. What one interrupts may be an import that makes another error of it, or none at all."""
-
-
-def end_if_interrupted() -> None:
-    """End here, where a library that was being imported has swallowed a Ctrl-C."""
-    if _interrupts:
-        raise KeyboardInterrupt
-
-
 @contextmanager
-def _noting_interrupts() -> Iterator[None]:
-    def interrupt(number: int, frame: object) -> NoReturn:
-        _interrupts.append(number)
-        raise KeyboardInterrupt
-
-    _interrupts.clear()
+def _catching_interrupts() -> Iterator[None]:
+    """Let Ctrl-C end the command, also while it loads libraries; training catches it itself."""
     before = signal.getsignal(signal.SIGINT)
-    if before is signal.default_int_handler:
-        signal.signal(signal.SIGINT, interrupt)
+    if before is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, _interrupt)
     try:
         yield
     finally:
-        if before is signal.default_int_handler:
-            signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, before)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            # Amid an import, some libraries swallow an exception, and others abort the process.
+            os.write(2, b"myriad: interrupted\n")
+            os._exit(INTERRUPTED)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def _end(error: BaseException) -> NoReturn:
     """Say in a line what ended the command, if it is a fault that the user can mend."""
-    if isinstance(error, SystemExit) and not error.code:
-        raise error
-    if _interrupts or isinstance(error, KeyboardInterrupt):
-        _fail("interrupted", 130)
+    if isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and error.code == INTERRUPTED):
+        _fail("interrupted", INTERRUPTED)
     if isinstance(error, SystemExit):
         raise error
     from myriad.config import MyriadError

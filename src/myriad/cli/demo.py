@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from myriad.cli import end_if_interrupted
-
 if TYPE_CHECKING:
     from myriad.analysis.compare import Contender
     from myriad.analysis.report import Sample
@@ -39,7 +37,6 @@ def demo(
     from myriad.train import fit
     from myriad.train.record import Terminal
 
-    end_if_interrupted()
     started = time.perf_counter()
     folders = {name: out / preset for name, preset in CONTENDERS.items()}
     for name, preset in CONTENDERS.items():

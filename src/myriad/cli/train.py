@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from myriad.cli import end_if_interrupted
-
 if TYPE_CHECKING:
     from myriad.train import RunConfig
     from myriad.train.loop import Outcome
@@ -36,7 +34,6 @@ def train(
     from myriad.train.record import Silent, Terminal
     from myriad.train.trackers import named
 
-    end_if_interrupted()
     with joined():
         trackers = [LearningCurve, *named(track)]
         run, name = resolve_run(target, overrides or [])
