@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -200,7 +201,7 @@ class TestWeightsAndBiases:
         run.mkdir()
         follow(WeightsAndBiases, run, [train_record(1, 3.5), train_record(2, math.nan), train_record(3, 3.25)])
         follow(WeightsAndBiases, run, [train_record(2, 3.0), validation_record(2, 2.75)], from_step=1)
-        first, second = (list(read_offline(path)) for path in sorted(run.glob("wandb/offline-run-*/*.wandb")))
+        first, second = (read_offline(path) for path in sorted(run.glob("wandb/offline-run-*/*.wandb")))
         assert [row["train/loss"] for row in history(first) if "train/loss" in row] == [3.5, 3.25]
         assert [(row["step"], row["tokens"]) for row in history(first)] == [(1, 64), (2, 128), (3, 192)]
         assert [row.get("validation/loss") for row in history(second)] == [None, 2.75]
@@ -228,11 +229,22 @@ class TestWeightsAndBiases:
 
 
 def read_offline(path: Path):
+    """The records of a `.wandb` file, which another process writes, once the last is there."""
+    until = time.monotonic() + 60
+    while True:
+        found = list(parse(path))
+        if any(record.HasField("exit") for record in found):
+            return found
+        assert time.monotonic() < until, f"{len(found)} records, and no end"
+        time.sleep(0.1)
+
+
+def parse(path: Path):
     """The records of a `.wandb` file: a header, then LevelDB's log format, with a protocol buffer in each entry."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     raw, place, header, block = path.read_bytes(), 7, 7, 32768
-    assert raw.startswith(b":W&B")
+    assert raw.startswith(b":W&B") or not raw
     entry = b""
     while place + header <= len(raw):
         if block - place % block < header:

@@ -1,5 +1,6 @@
 """Recipes: all that decides what a prepared store holds."""
 
+import math
 import os
 import re
 from pathlib import Path
@@ -22,6 +23,8 @@ def _as_share(value: Any) -> Any:
         share = float(value)
     except ValueError:
         return value
+    except OverflowError:  # an integer beyond the largest float
+        share = math.inf
     if isinstance(value, bool) or not 0 < share < 1:
         raise ValueError(f"expected a share between 0 and 1, or a source, found {value}")
     return share
