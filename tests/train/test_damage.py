@@ -194,7 +194,7 @@ def test_resuming_a_damaged_run_ends_with_the_bits_of_an_intact_one_and_says_wha
 
 @pytest.mark.slow
 def test_resuming_a_run_of_many_damages_ends_with_the_bits_of_an_intact_one(trained, tmp_path):
-    check_resuming(trained, tmp_path, cuts=3, flips=8)
+    check_resuming(trained, tmp_path, cuts=2, flips=2)
 
 
 # Logs
