@@ -201,7 +201,8 @@ class TestWeightsAndBiases:
         run.mkdir()
         follow(WeightsAndBiases, run, [train_record(1, 3.5), train_record(2, math.nan), train_record(3, 3.25)])
         follow(WeightsAndBiases, run, [train_record(2, 3.0), validation_record(2, 2.75)], from_step=1)
-        first, second = (read_offline(path) for path in sorted(run.glob("wandb/offline-run-*/*.wandb")))
+        paths = sorted(run.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
+        first, second = map(read_offline, paths)
         assert [row["train/loss"] for row in history(first) if "train/loss" in row] == [3.5, 3.25]
         assert [(row["step"], row["tokens"]) for row in history(first)] == [(1, 64), (2, 128), (3, 192)]
         assert [row.get("validation/loss") for row in history(second)] == [None, 2.75]
