@@ -141,3 +141,16 @@ def test_kernels_are_recorded_and_kept(store, tmp_path):
     sessions = [json.loads(line) for line in (tmp_path / "run" / "sessions.jsonl").read_text().splitlines()]
     assert len(sessions) == 2
     assert all(set(session["kernels"].values()) == {"reference (asked for)"} for session in sessions)
+
+
+def test_a_store_that_shrinks_under_training_ends_the_run_in_one_line_and_keeps_its_checkpoint(store, tmp_path):
+    import shutil
+
+    shutil.copytree(store.path, tmp_path / "store")
+    shard = tmp_path / "store" / "train-00000.bin"
+    run = tiny_run(store, data=DataConfig(path=str(tmp_path / "store")))
+    with pytest.raises(DataError, match=r"train-00000\.bin: damaged \(it has become shorter"):
+        fit(run, tmp_path / "run", display=Notes(6, lambda: os.truncate(shard, 10)))
+    assert checkpoint.list_checkpoints(tmp_path / "run")[-1].name == "00000004"
+    shutil.copyfile(store.path / "train-00000.bin", shard)
+    assert fit(run, tmp_path / "run", resume=True).step == 12
