@@ -68,10 +68,10 @@ def fit(
         display = Silent() if display is None or distributed.rank() else display
         distributed.once(lambda: _refuse_present(out, resume))
         _refuse_uneven_shares(run)
-        store = _open_store(run, out, display)
+        store = open_store(run.data, out, display)
         run = with_store_vocabulary(run, store)
         with _alone_in(out), _naming_lack_of_memory(run):
-            distributed.once(lambda: _refuse_present(out, resume))
+            distributed.once(lambda: _refuse_present(out, resume))  # another may have begun there since
             newest = _newest_checkpoint(run, out, store, display)
             kernels.select(kernel or (str(read_state(newest).get("kernels", "auto")) if newest else "auto"))
             job = _build_job(run, out, store, display, newest)
@@ -94,11 +94,6 @@ def _refuse_uneven_shares(run: RunConfig) -> None:
             f"batch: {run.micro_windows} sequences computed at once ({run.micro_tokens} tokens at a context of "
             f"{run.model.context}) cannot be shared by {world} processes"
         )
-
-
-def _open_store(run: RunConfig, out: Path, display: Display) -> Store:
-    """The run's store, prepared and checked by the first process."""
-    return Store.open(distributed.once(lambda: str(open_store(run.data, out, display).path)))
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import re
 import time
 from pathlib import Path
 
+from myriad import distributed
 from myriad.config import ConfigError
 from myriad.data import DataError
 from myriad.data.prepare import BusyError, has_changed, prepare
@@ -25,12 +26,12 @@ def store_path(data: DataConfig, out: Path) -> Path:
 
 
 def open_store(data: DataConfig, out: Path, display: Display) -> Store:
-    """Open a run's store, made and checked by `ensure_store`.
+    """Open a run's store; the first process sees to it with `ensure_store` while the others wait.
 
     Raises:
         DataError: it is missing or damaged, or the source has changed since it was prepared.
     """
-    return Store.open(ensure_store(data, out, display))
+    return Store.open(distributed.once(lambda: str(ensure_store(data, out, display))))
 
 
 def ensure_store(data: DataConfig, out: Path, display: Display) -> Path:
