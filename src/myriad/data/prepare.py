@@ -184,7 +184,10 @@ class _Filling:
 
     def _refuse_empty(self, splits: dict[str, SplitWriter]) -> None:
         recipe = self._corpus.recipe
-        asked = set(SPLITS[: len(recipe.split_bytes)]) if recipe.split_bytes else {"train"}
+        if recipe.split_bytes:
+            asked = set(SPLITS[: len(recipe.split_bytes)])
+        else:
+            asked = {"train", *self._corpus.shares(has_validation=splits["validation"].words > 0)}
         asked |= {name for name in SPLITS[1:] if getattr(recipe, name) is not None}
         for name in SPLITS:
             if name in asked and not splits[name].words:
