@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from myriad.kernels import expert_lookup
-from myriad.kernels.expert_lookup import sparse_gradient
+from myriad.kernels.table_gradient import sparse_gradient
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 quick = settings(deadline=None, max_examples=60)

@@ -7,23 +7,73 @@ import pytest
 import torch
 
 from myriad.config import MyriadError
-from myriad.kernels import choices, current, expert_lookup, lazy_adam, names, product_key, registry, use
-from myriad.kernels.registry import KernelError, register, resolve
+from myriad.kernels import (
+    choices,
+    current,
+    expert_lookup,
+    lazy_adam,
+    names,
+    product_key,
+    registry,
+    use,
+    value_lookup,
+)
+from myriad.kernels.registry import Form, KernelError, register, resolve
+
+FAST = """
+from myriad.kernels.registry import register
+import torch
+register("fake", "fast", "functions for CUDA", devices=("cuda",), dtypes=(torch.float32, torch.bfloat16))
+"""
 
 
 @pytest.fixture(autouse=True)
-def own_registry(monkeypatch):
-    """Changes of the registry end with the test."""
-    monkeypatch.setattr(registry, "_implementations", dict(registry._implementations))
+def own_registry(monkeypatch, tmp_path):
+    """Two forms of our own, in packages of their own; changes of the registry end with the test."""
+    (tmp_path / "fast_forms.py").write_text(FAST)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "fast_forms", raising=False)
+    forms = {"fast": Form("fast_forms", "json", "cuda"), "absent": Form("no_forms", "no_such_library", "mps")}
+    monkeypatch.setattr(registry, "FORMS", forms)
+    monkeypatch.setattr(registry, "_implementations", {op: dict(f) for op, f in registry._implementations.items()})
+    monkeypatch.setattr(registry, "_loaded", set())
     monkeypatch.setattr(registry, "_choice", "auto")
+    registry._missing.cache_clear()
+    yield
+    registry._missing.cache_clear()
 
 
 @pytest.fixture
 def fake_op() -> str:
-    """An op with a form for CUDA, registered before its reference, as order must not matter."""
-    register("fake", "fast", "functions for CUDA", devices=("cuda",))
+    """An op of which one form, for CUDA, is in a package that is not imported yet."""
     register("fake", "reference", "functions for all")
     return "fake"
+
+
+def test_a_forms_package_is_imported_when_it_is_first_needed(fake_op):
+    choices("cpu")
+    assert "fast_forms" not in sys.modules
+    choices("cuda")
+    assert "fast_forms" in sys.modules
+
+
+def test_a_form_whose_library_is_missing_is_passed_over_with_the_reason(fake_op):
+    assert choices("mps")["fake"] == "reference (no_such_library is not installed)"
+    with pytest.raises(KernelError, match="kernels 'absent' cannot run: no_such_library is not installed"):
+        registry.select("absent")
+
+
+def test_a_dtype_that_a_form_does_not_take_goes_to_the_reference(fake_op):
+    assert resolve(fake_op, "cuda", torch.float64) == "functions for all"
+    reason = "reference (fast takes bfloat16 and float32, not float64)"
+    assert choices("cuda", torch.float64)["fake"] == reason
+    with use("fast"), pytest.raises(KernelError, match="'fast' form of fake takes bfloat16 and float32, not float64"):
+        resolve(fake_op, "cuda", torch.float64)
+
+
+def test_an_op_without_a_form_goes_to_the_reference(fake_op):
+    register("other", "reference", "functions")
+    assert choices("cuda")["other"] == "reference (no fast form)"
 
 
 def test_use_chooses_inside_its_block_and_restores():
@@ -58,32 +108,32 @@ def test_an_unknown_name_suggests_the_nearest_and_changes_nothing():
     assert KernelError.exit_code == 2
 
 
-def test_names_are_auto_and_every_registered_form(fake_op):
-    assert {"auto", "reference", "fast"} <= set(names())
+def test_names_are_auto_the_reference_and_every_form():
+    assert names() == ["auto", "reference", "fast", "absent"]
 
 
 def test_auto_prefers_the_devices_own_form_else_the_reference(fake_op):
-    assert resolve(fake_op, "cuda") == "functions for CUDA"
-    assert resolve(fake_op, "cpu") == "functions for all"
-    assert resolve(fake_op, "mps") == "functions for all"
+    assert resolve(fake_op, "cuda", torch.float32) == "functions for CUDA"
+    assert resolve(fake_op, "cpu", torch.float32) == "functions for all"
+    assert resolve(fake_op, "mps", torch.float32) == "functions for all"
 
 
 def test_the_reference_runs_anywhere_when_asked_for(fake_op):
     with use("reference"):
-        assert resolve(fake_op, "cuda") == resolve(fake_op, "cpu") == "functions for all"
+        assert resolve(fake_op, "cuda", torch.float32) == resolve(fake_op, "cpu", torch.float32) == "functions for all"
 
 
 def test_a_form_for_other_devices_is_refused_with_the_reason(fake_op):
     with use("fast"):
-        assert resolve(fake_op, "cuda") == "functions for CUDA"
+        assert resolve(fake_op, "cuda", torch.float32) == "functions for CUDA"
         with pytest.raises(KernelError, match="'fast' form of fake runs on cuda, not on cpu"):
-            resolve(fake_op, "cpu")
+            resolve(fake_op, "cpu", torch.float32)
 
 
 def test_a_form_that_an_op_lacks_is_refused(fake_op):
     register("other", "reference", "functions")
     with use("fast"), pytest.raises(KernelError, match=r"other has no 'fast' form \(known: reference\)"):
-        resolve("other", "cuda")
+        resolve("other", "cuda", torch.float32)
 
 
 def test_an_explicit_choice_that_cannot_run_stops_the_op(fake_op):
@@ -105,12 +155,13 @@ def test_choices_refuse_what_cannot_run(fake_op):
 
 def test_every_op_runs_through_the_registry(monkeypatch):
     asked = []
-    for module in ("product_key", "expert_lookup", "table_update"):
+    for module in ("product_key", "expert_lookup", "value_lookup", "table_update"):
         path = f"myriad.kernels.{module}"
-        monkeypatch.setattr(sys.modules[path], "resolve", lambda op, device: (asked.append(op), resolve(op, device))[1])
+        monkeypatch.setattr(sys.modules[path], "resolve", lambda op, *what: (asked.append(op), resolve(op, *what))[1])
     table = torch.randn(4, 3)
     _, ids = product_key(torch.randn(2, 1, 2, 3), torch.randn(2, 2, 3), 1)
     expert_lookup(torch.randn(2, 3), ids.flatten(1), torch.ones(2, 1), table, table)
+    value_lookup(ids.flatten(1), torch.ones(2, 1), table)
     moments = torch.zeros(4, 3), torch.zeros(4, 3)
     lazy_adam(table, *moments, torch.ones(4, 3), lr=0.1, betas=(0.9, 0.999), eps=1e-8, step=1)
-    assert asked == ["product_key", "expert_lookup", "table_update"]
+    assert asked == ["product_key", "expert_lookup", "value_lookup", "table_update"]

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from myriad.kernels import lazy_adam
-from myriad.kernels.table_update import used_rows
+from myriad.kernels import lazy_adam, new_moments
+from myriad.kernels.table_update import AdamStep, random_bits, rounded_by, used_rows
 
 OPTIONS = {"lr": 0.03, "betas": (0.8, 0.95), "eps": 1e-3}
 ROWS, WIDTH = 12, 5
@@ -84,18 +84,6 @@ def test_a_gradient_without_rows_moves_nothing(grad):
     assert all(map(torch.equal, state, before))
 
 
-def test_moments_may_be_finer_than_the_table():
-    table, mean, square = start(torch.float32)
-    rounded = table.bfloat16()
-    lazy_adam(rounded, mean, square, gradient([2], 0, torch.bfloat16), **OPTIONS, step=1)
-    exact, exact_mean, _ = start(torch.float32)
-    exact = exact.bfloat16().float()
-    lazy_adam(exact, exact_mean, torch.zeros_like(exact), gradient([2], 0, torch.bfloat16), **OPTIONS, step=1)
-    assert torch.equal(mean, exact_mean)
-    assert_close(rounded.float(), exact, rtol=2**-7, atol=0)
-    assert rounded.dtype == torch.bfloat16
-
-
 def test_the_gradient_is_left_as_it_was():
     grad = gradient([2, 5], 0, torch.float64)
     before = grad.to_dense()
@@ -106,6 +94,88 @@ def test_the_gradient_is_left_as_it_was():
 def test_used_rows_are_those_with_a_number_other_than_zero():
     grad = torch.zeros(4, 2)
     grad[1, 1], grad[3, 0], grad[2] = -1e-30, float("nan"), -0.0
-    ids, rows = used_rows(grad)
+    ids, rows = used_rows(None, grad)
     assert ids.tolist() == [1, 3]
     assert torch.equal(rows[0], grad[1])
+    assert used_rows(torch.tensor([10, 20, 30, 40]), grad)[0].tolist() == [20, 40]
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.strided])
+def test_a_row_of_zeros_is_not_used_however_it_is_stored(layout):
+    state = after([gradient(list(range(ROWS)), 0, torch.float32)], torch.float32)
+    before = [tensor.clone() for tensor in state]
+    grad = gradient([2, 9], 1, torch.float32)
+    grad.values()[0] = 0
+    lazy_adam(*state, grad if layout == torch.sparse_coo else grad.to_dense(), **OPTIONS, step=2)
+    for now, then in zip(state, before, strict=True):
+        assert (now != then).any(dim=1).nonzero().flatten().tolist() == [9]
+
+
+def rounded_start(rows: int = ROWS, width: int = WIDTH) -> tuple[Tensor, Tensor, Tensor]:
+    table = torch.randn(rows, width, generator=torch.Generator().manual_seed(0)).bfloat16()
+    return table, *new_moments(table)
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.strided])
+def test_the_rounded_form_stays_within_a_digit_of_exact_arithmetic(layout):
+    table, mean, square = rounded_start()
+    assert (mean.dtype, square.dtype, square.shape) == (torch.bfloat16, torch.float32, (ROWS,))
+    ids = [1, 4, 11]
+    grad = gradient(ids, 1, torch.bfloat16)
+    g = grad.values().double()
+    before = table.double()
+    lazy_adam(table, mean, square, grad if layout == torch.sparse_coo else grad.to_dense(), **OPTIONS, step=1)
+    exact_mean, exact_square = 0.2 * g, 0.05 * g.square().mean(dim=1)
+    size = 0.03 * 0.05**0.5 / 0.2
+    exact = before[ids] - size * exact_mean / (exact_square.sqrt() + 1e-3).unsqueeze(1)
+    assert_close(square[ids].double(), exact_square)
+    assert_close(mean[ids].double(), exact_mean, rtol=2**-7, atol=0)
+    assert_close(table[ids].double(), exact, rtol=2**-7, atol=0)
+    rest = [row for row in range(ROWS) if row not in ids]
+    assert torch.equal(table[rest].double(), before[rest])
+    assert not mean[rest].any()
+    assert not square[rest].any()
+
+
+def test_stochastic_rounding_is_right_on_average():
+    x = torch.full((4096, 64), 1.0 + 2**-7 * 0.3)  # three tenths of the way to the next bfloat16
+    bits = random_bits(torch.arange(x.numel()).view_as(x), AdamStep(0.1, (0.9, 0.99), 1e-8, 3, 7).salt)
+    for part in (bits & 0xFFFF, bits >> 16):
+        up = (rounded_by(x, part) > 1).double().mean()
+        assert abs(up - 0.3) < 5 * (0.3 * 0.7 / x.numel()) ** 0.5
+
+
+def test_small_steps_are_lost_by_no_table_on_average():
+    table = torch.ones(256, 64, dtype=torch.bfloat16)
+    moments = new_moments(table)
+    grad = torch.ones_like(table)
+    for step in range(1, 51):  # each moves by a thousandth, an eighth of what rounding to nearest would keep
+        lazy_adam(table, *moments, grad, lr=1e-3, betas=(0.9, 0.999), eps=1e-12, step=step)
+    assert_close(table.double().mean(), torch.tensor(0.95, dtype=torch.float64), rtol=0, atol=2e-3)
+
+
+def test_the_rounding_is_a_function_of_seed_step_and_place():
+    def bits(step=1, seed=0):
+        return random_bits(torch.arange(1000), AdamStep(0.1, (0.9, 0.99), 1e-8, step, seed).salt)
+
+    assert torch.equal(bits(), bits())
+    assert (bits() == bits(step=2)).float().mean() < 0.01
+    assert (bits() == bits(seed=1)).float().mean() < 0.01
+    assert bits().unique().numel() == 1000
+
+
+def test_rounding_keeps_what_is_not_finite_and_what_needs_none():
+    x = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0, -2.5, 3.0])
+    found = rounded_by(x, torch.full((6,), 0xFFFF))
+    assert_close(found, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_moments_that_do_not_fit_are_refused():
+    table, mean, square = start(torch.float32)
+    grad = gradient([2], 0, torch.float32)
+    with pytest.raises(ValueError, match="takes moments of shapes"):
+        lazy_adam(table, mean, square[:, 0], grad, **OPTIONS, step=1)
+    with pytest.raises(ValueError, match=r"takes moments of torch\.bfloat16 and torch\.float32"):
+        lazy_adam(table.bfloat16(), mean, square[:, 0], grad, **OPTIONS, step=1)
+    with pytest.raises(ValueError, match="a gradient of its own"):
+        lazy_adam(table, mean, square, torch.zeros(ROWS + 1, WIDTH), **OPTIONS, step=1)

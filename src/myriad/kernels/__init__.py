@@ -3,6 +3,18 @@
 from myriad.kernels.expert_lookup import expert_lookup
 from myriad.kernels.product_key import product_key
 from myriad.kernels.registry import choices, current, names, select, use
-from myriad.kernels.table_update import lazy_adam
+from myriad.kernels.table_update import lazy_adam, new_moments
+from myriad.kernels.value_lookup import value_lookup
 
-__all__ = ["choices", "current", "expert_lookup", "lazy_adam", "names", "product_key", "select", "use"]
+__all__ = [
+    "choices",
+    "current",
+    "expert_lookup",
+    "lazy_adam",
+    "names",
+    "new_moments",
+    "product_key",
+    "select",
+    "use",
+    "value_lookup",
+]

@@ -33,6 +33,14 @@ def bag_dot(table_ND: Tensor, ids_MA: Tensor, x_MD: Tensor) -> Tensor:
     return dots.view(bags, size)
 
 
+def in_full_precision(table_ND: Tensor, ids_MA: Tensor) -> tuple[Tensor, Tensor]:
+    """A table that takes sums in at least float32, and ids that point into it: of a narrower one, the used rows."""
+    if table_ND.dtype in (torch.float32, torch.float64):
+        return table_ND, ids_MA
+    used_U, places_MA = ids_MA.unique(return_inverse=True)
+    return table_ND[used_U].float(), places_MA
+
+
 def distinct_row_sums(rows: int, ids_MA: Tensor, weights_MA: Tensor, x_MD: Tensor) -> tuple[Tensor, Tensor]:
     """For every distinct id n < rows, the sum over its entries of weights[m, a] * x[m].
 

@@ -4,9 +4,9 @@
 
 (arXiv 2407.04153, equation 6). With a gate table the hidden value is act(gate[n] . x[t]) * (down[n] . x[t]).
 
-A table's gradient is dense, or sparse (only the rows that were used) where a batch touches few of them:
-`sparse_gradient` decides from the sizes alone, so that every step and every rank decides alike. A sparse
-gradient has a size known only at run time, which `torch.compile` cannot trace: that form stays out of the graph.
+A sparse table gradient has a size known only at run time, which `torch.compile` cannot trace: that form stays
+out of the graph (`table_gradient.py` says when a gradient is sparse). Sums are taken in float32 at least,
+whatever the tables' dtype.
 
 Legend: `T` tokens, `A` active experts a token, `N` experts, `D` width, `U` distinct experts of the batch.
 """
@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from myriad.kernels.bags import bag_dot, bag_sum, distinct_row_sums, row_sums
+from myriad.kernels.bags import bag_dot, bag_sum, in_full_precision
 from myriad.kernels.registry import register, resolve
+from myriad.kernels.table_gradient import as_sparse, check_ids, sparse_gradient, table_gradient
 
 
 class Activation(NamedTuple):
@@ -49,11 +50,6 @@ class Gradients(NamedTuple):
 class ExpertLookupFunctions(NamedTuple):
     forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     backward: Callable[..., Gradients]
-
-
-def sparse_gradient(tokens: int, active: int, experts: int) -> bool:
-    """Whether the tables' gradients are sparse: when a batch can touch less than half of the experts."""
-    return 2 * tokens * active < experts
 
 
 def expert_lookup(
@@ -112,27 +108,29 @@ def _check(x: Tensor, ids: Tensor, weights: Tensor, tables: list[Tensor], activa
         raise ValueError(f"every table must have shape (N, {x.shape[1]}), not {[tuple(t.shape) for t in tables]}")
 
 
-def _check_ids(ids: Tensor, experts: int) -> None:
-    """Only on the CPU: on an accelerator the look would wait for the device."""
-    if ids.device.type == "cpu" and ids.numel():
-        low, high = (int(bound) for bound in ids.aminmax())
-        if low < 0 or high >= experts:
-            raise IndexError(f"ids must lie between 0 and {experts - 1}; found {low} to {high}")
-
-
 def _reference_forward(
     x: Tensor, ids: Tensor, weights: Tensor, down: Tensor, up: Tensor, gate: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     act = ACTIVATIONS[activation].value
-    down_dots_TA = bag_dot(down, ids, x)
+    down_dots_TA = _dots(down, ids, x)
     if gate is None:
-        gate_dots_TA = down.new_empty(0)
+        gate_dots_TA = down_dots_TA.new_empty(0)
         hidden_TA = act(down_dots_TA)
     else:
-        gate_dots_TA = bag_dot(gate, ids, x)
+        gate_dots_TA = _dots(gate, ids, x)
         hidden_TA = act(gate_dots_TA) * down_dots_TA
-    y_TD = bag_sum(up, ids, weights.to(up.dtype) * hidden_TA)
+    y_TD = _sum(up, ids, weights.to(hidden_TA.dtype) * hidden_TA)
     return y_TD.to(x.dtype), down_dots_TA, gate_dots_TA
+
+
+def _dots(table: Tensor, ids: Tensor, x: Tensor) -> Tensor:
+    table, ids = in_full_precision(table, ids)
+    return bag_dot(table, ids, x)
+
+
+def _sum(table: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    table, ids = in_full_precision(table, ids)
+    return bag_sum(table, ids, weights)
 
 
 def _reference_backward(
@@ -149,29 +147,25 @@ def _reference_backward(
     sparse: bool,
 ) -> Gradients:
     act = ACTIVATIONS[activation]
-    weights_TA = weights.to(up.dtype)
-    out_dots_TA = bag_dot(up, ids, grad_y)
+    weights_TA = weights.to(down_dots.dtype)
+    out_dots_TA = _dots(up, ids, grad_y)
     grad_hidden_TA = weights_TA * out_dots_TA
     if gate is None:
         hidden_TA = act.value(down_dots)
         grad_down_dots_TA, grad_gate_dots_TA = act.gradient(grad_hidden_TA, down_dots), None
-        grad_x_TD = bag_sum(down, ids, grad_down_dots_TA)
+        grad_x_TD = _sum(down, ids, grad_down_dots_TA)
     else:
         gate_value_TA = act.value(gate_dots)
         hidden_TA = gate_value_TA * down_dots
         grad_down_dots_TA = grad_hidden_TA * gate_value_TA
         grad_gate_dots_TA = act.gradient(grad_hidden_TA * down_dots, gate_dots)
-        grad_x_TD = bag_sum(down, ids, grad_down_dots_TA) + bag_sum(gate, ids, grad_gate_dots_TA)
+        grad_x_TD = _sum(down, ids, grad_down_dots_TA) + _sum(gate, ids, grad_gate_dots_TA)
 
-    def table_gradient(coefficients_TA: Tensor, source_TD: Tensor) -> tuple[Tensor, Tensor]:
-        source_TD = source_TD.to(down.dtype)
-        if sparse:
-            return distinct_row_sums(len(down), ids, coefficients_TA, source_TD)
-        return ids.new_empty(0), row_sums(len(down), ids, coefficients_TA, source_TD)
-
-    rows_U, grad_down = table_gradient(grad_down_dots_TA, x)
-    _, grad_up = table_gradient(weights_TA * hidden_TA, grad_y)
-    grad_gate = down.new_empty(0) if grad_gate_dots_TA is None else table_gradient(grad_gate_dots_TA, x)[1]
+    rows_U, grad_down = table_gradient(down, ids, grad_down_dots_TA, x, sparse)
+    _, grad_up = table_gradient(up, ids, weights_TA * hidden_TA, grad_y, sparse)
+    grad_gate = down.new_empty(0)
+    if grad_gate_dots_TA is not None and gate is not None:
+        _, grad_gate = table_gradient(gate, ids, grad_gate_dots_TA, x, sparse)
     grad_weights_TA = (hidden_TA * out_dots_TA).to(weights.dtype)
     return Gradients(grad_x_TD.to(x.dtype), grad_weights_TA, rows_U, grad_down, grad_up, grad_gate)
 
@@ -179,12 +173,16 @@ def _reference_backward(
 register("expert_lookup", "reference", ExpertLookupFunctions(_reference_forward, _reference_backward))
 
 
+def _functions(x: Tensor, table: Tensor) -> ExpertLookupFunctions:
+    return resolve("expert_lookup", x.device.type, torch.promote_types(x.dtype, table.dtype))
+
+
 @torch.library.custom_op("myriad::expert_lookup", mutates_args=())
 def _op(
     x: Tensor, ids: Tensor, weights: Tensor, down: Tensor, up: Tensor, gate: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_ids(ids, len(down))
-    return resolve("expert_lookup", x.device.type).forward(x, ids, weights, down, up, gate, activation)
+    check_ids(ids, len(down))
+    return _functions(x, down).forward(x, ids, weights, down, up, gate, activation)
 
 
 @_op.register_fake
@@ -192,7 +190,9 @@ def _(
     x: Tensor, ids: Tensor, weights: Tensor, down: Tensor, up: Tensor, gate: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     dots = ids.shape
-    return x.new_empty(x.shape), down.new_empty(dots), down.new_empty(0 if gate is None else dots)
+    dtype = torch.promote_types(down.dtype, torch.float32)
+    down_dots = down.new_empty(dots, dtype=dtype)
+    return x.new_empty(x.shape), down_dots, down.new_empty(0 if gate is None else dots, dtype=dtype)
 
 
 @torch.library.custom_op("myriad::expert_lookup_backward", mutates_args=())
@@ -209,7 +209,7 @@ def _backward_op(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     saved = (x, ids, weights, down, up, gate, down_dots, gate_dots)
-    grads = resolve("expert_lookup", x.device.type).backward(grad_y.contiguous(), *saved, activation, False)
+    grads = _functions(x, down).backward(grad_y.contiguous(), *saved, activation, False)
     return grads.x, grads.weights, grads.down, grads.up, grads.gate
 
 
@@ -269,18 +269,11 @@ class _SparseLookup(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        down, gate = saved[3], saved[5]
-        found = resolve("expert_lookup", grads[0].device.type).backward(
-            grads[0].contiguous(), *saved, ctx.activation, True
-        )
-
-        def table(rows: Tensor) -> Tensor:
-            return torch.sparse_coo_tensor(
-                found.ids.unsqueeze(0), rows, down.shape, check_invariants=False, is_coalesced=True
-            )
-
-        gate_grad = None if gate is None else table(found.gate)
-        return found.x, None, found.weights, table(found.down), table(found.up), gate_grad, None
+        x, down, up, gate = saved[0], *saved[3:6]
+        found = _functions(x, down).backward(grads[0].contiguous(), *saved, ctx.activation, True)
+        gate_grad = None if gate is None else as_sparse(found.ids, found.gate, gate)
+        down_grad, up_grad = as_sparse(found.ids, found.down, down), as_sparse(found.ids, found.up, up)
+        return found.x, None, found.weights, down_grad, up_grad, gate_grad, None
 
 
 # `torch.compiler.disable` would import the compiler, a second, whenever this module is imported.

@@ -121,9 +121,13 @@ def _reference_backward(
 register("product_key", "reference", ProductKeyFunctions(_reference_forward, _reference_backward))
 
 
+def _functions(queries: Tensor, keys: Tensor) -> ProductKeyFunctions:
+    return resolve("product_key", queries.device.type, torch.promote_types(queries.dtype, keys.dtype))
+
+
 @torch.library.custom_op("myriad::product_key", mutates_args=())
 def _op(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    return resolve("product_key", queries.device.type).forward(queries, keys, k)
+    return _functions(queries, keys).forward(queries, keys, k)
 
 
 @_op.register_fake
@@ -135,7 +139,7 @@ def _(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("myriad::product_key_backward", mutates_args=())
 def _backward_op(grad: Tensor, ids: Tensor, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    return resolve("product_key", queries.device.type).backward(grad, ids, queries, keys)
+    return _functions(queries, keys).backward(grad, ids, queries, keys)
 
 
 @_backward_op.register_fake

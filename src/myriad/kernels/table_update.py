@@ -1,7 +1,16 @@
 """The lazy optimizer step: rows of a table and their moments move only where a row was used.
 
-Equal to `torch.optim.SparseAdam` on the same gradients, without its checks against dense ones: a dense
-gradient counts a row as used where it is not all zero.
+A row is used where its gradient is not all zero, whether the gradient is dense or sparse. On gradients without
+stored rows of zeros the float32 form is `torch.optim.SparseAdam`.
+
+Two forms:
+- *full*: the moments have the table's shape and dtype.
+- *rounded*: a bfloat16 table with a bfloat16 first moment, and one float32 second moment a row: the mean of the
+  row's squares. Both are rounded stochastically, so that steps smaller than a bfloat16 digit are not lost
+  on average (Gupta et al., arXiv 1502.02551). The random bits are a function of the seed, the step and the place
+  in the table, so that a run is the same wherever and however it is computed.
+
+Legend: `N` rows, `D` width, `U` rows of a sparse gradient.
 """
 
 from collections.abc import Callable
@@ -11,65 +20,156 @@ import torch
 from torch import Tensor
 
 from myriad.kernels.registry import register, resolve
+from myriad.kernels.table_gradient import coalesced
+
+MASK = 0xFFFFFFFF
+"""The 32 bits that hashes are taken in."""
+
+
+def mixed(x: int) -> int:
+    """A bijection of 32 bits that leaves no trace of its input (the finalizer of MurmurHash3)."""
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & MASK
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & MASK
+    return x ^ (x >> 16)
+
+
+class AdamStep(NamedTuple):
+    """The numbers of one step."""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    step: int
+    """Its number, from 1."""
+    seed: int
+    """Of the rounding: below 2**32."""
+
+    @property
+    def size(self) -> float:
+        """The learning rate with both bias corrections in it."""
+        return self.lr * (1 - self.betas[1] ** self.step) ** 0.5 / (1 - self.betas[0] ** self.step)
+
+    @property
+    def salt(self) -> int:
+        """What tells this step's random bits from others', below 2**32."""
+        return mixed((self.seed ^ mixed(self.step & MASK)) & MASK)
 
 
 class TableUpdateFunctions(NamedTuple):
-    lazy_adam: Callable[..., None]
+    """Each takes the table, its moments, the ids of the gradient's rows (None: all of a dense one), the rows and
+    the step, and passes over rows that are all zero."""
+
+    full: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor, AdamStep], None]
+    rounded: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor, AdamStep], None]
 
 
-def used_rows(grad_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """The ids (U,) and rows (U, D) of a table's gradient, sparse or dense."""
-    if grad_ND.layout == torch.sparse_coo:
-        grad_ND = grad_ND.coalesce()
-        return grad_ND.indices()[0], grad_ND.values()
-    ids_U = (grad_ND != 0).any(dim=1).nonzero().squeeze(1)
-    return ids_U, grad_ND[ids_U]
+def new_moments(table_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """The first and second moments of a table that has not been updated: zeros, by its dtype full or rounded."""
+    if table_ND.dtype == torch.bfloat16:
+        return torch.zeros_like(table_ND), table_ND.new_zeros(len(table_ND), dtype=torch.float32)
+    return torch.zeros_like(table_ND), torch.zeros_like(table_ND)
 
 
 def lazy_adam(
     table_ND: Tensor,
     exp_avg_ND: Tensor,
-    exp_avg_sq_ND: Tensor,
+    exp_avg_sq: Tensor,
     grad_ND: Tensor,
     *,
     lr: float,
     betas: tuple[float, float],
     eps: float,
     step: int,
+    seed: int = 0,
 ) -> None:
     """One step of Adam on the rows in use, in place (Kingma and Ba, arXiv 1412.6980).
 
     Args:
-        table_ND, exp_avg_ND, exp_avg_sq_ND: the table and its moments, of shape (N, D).
+        table_ND: the table, of shape (N, D).
+        exp_avg_ND, exp_avg_sq: its moments, as `new_moments` makes them.
         grad_ND: the table's gradient, sparse over the rows or dense.
         lr, betas, eps: as in `torch.optim.SparseAdam`.
         step: the number of this step, from 1, for the bias corrections.
+        seed: of the stochastic rounding, below 2**32; float32 tables are not rounded.
+
+    Raises:
+        ValueError: moments or a gradient that do not fit the table.
     """
-    ids, rows = used_rows(grad_ND)
-    if not len(ids):
+    _check(table_ND, exp_avg_ND, exp_avg_sq, grad_ND)
+    ids, rows = _rows_of(grad_ND)
+    if not len(rows):
         return
-    functions = resolve("table_update", table_ND.device.type)
-    functions.lazy_adam(table_ND, exp_avg_ND, exp_avg_sq_ND, ids, rows, lr, betas, eps, step)
+    functions = resolve("table_update", table_ND.device.type, table_ND.dtype)
+    form = functions.rounded if table_ND.dtype == torch.bfloat16 else functions.full
+    form(table_ND, exp_avg_ND, exp_avg_sq, ids, rows, AdamStep(lr, betas, eps, step, seed))
 
 
-def _reference(
-    table: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    ids: Tensor,
-    rows: Tensor,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    step: int,
+def _check(table: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor) -> None:
+    rounded = table.dtype == torch.bfloat16
+    square_shape, square_dtype = (table.shape[:1], torch.float32) if rounded else (table.shape, table.dtype)
+    if exp_avg.shape != table.shape or exp_avg_sq.shape != square_shape or grad.shape != table.shape:
+        raise ValueError(
+            f"a {table.dtype} table of shape {tuple(table.shape)} takes moments of shapes {tuple(table.shape)} and "
+            f"{tuple(square_shape)} and a gradient of its own, not {tuple(exp_avg.shape)}, "
+            f"{tuple(exp_avg_sq.shape)} and {tuple(grad.shape)}"
+        )
+    if exp_avg.dtype != table.dtype or exp_avg_sq.dtype != square_dtype:
+        raise ValueError(
+            f"a {table.dtype} table takes moments of {table.dtype} and {square_dtype}, not "
+            f"{exp_avg.dtype} and {exp_avg_sq.dtype}"
+        )
+
+
+def _rows_of(grad_ND: Tensor) -> tuple[Tensor | None, Tensor]:
+    if grad_ND.layout == torch.sparse_coo:
+        grad_ND = coalesced(grad_ND)
+        return grad_ND.indices()[0], grad_ND.values()
+    return None, grad_ND
+
+
+def used_rows(ids: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The ids and rows of a gradient without the rows that are all zero."""
+    used = (rows != 0).any(dim=1).nonzero().squeeze(1)
+    return used if ids is None else ids[used], rows[used]
+
+
+def _reference_full(
+    table: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, ids: Tensor | None, rows: Tensor, step: AdamStep
 ) -> None:
+    ids, rows = used_rows(ids, rows)
     rows = rows.to(exp_avg.dtype)
-    mean = exp_avg[ids].lerp_(rows, 1 - betas[0])
-    square = exp_avg_sq[ids].lerp_(rows * rows, 1 - betas[1])
+    mean = exp_avg[ids].lerp_(rows, 1 - step.betas[0])
+    square = exp_avg_sq[ids].lerp_(rows * rows, 1 - step.betas[1])
     exp_avg[ids], exp_avg_sq[ids] = mean, square
-    step_size = lr * (1 - betas[1] ** step) ** 0.5 / (1 - betas[0] ** step)
-    change = mean.div_(square.sqrt_().add_(eps)).mul_(-step_size)
-    table.index_add_(0, ids, change.to(table.dtype))
+    table.index_add_(0, ids, mean.div_(square.sqrt_().add_(step.eps)).mul_(-step.size))
 
 
-register("table_update", "reference", TableUpdateFunctions(_reference))
+def _reference_rounded(
+    table: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, ids: Tensor | None, rows: Tensor, step: AdamStep
+) -> None:
+    ids, rows = used_rows(ids, rows)
+    rows = rows.float()
+    mean = exp_avg[ids].float().lerp_(rows, 1 - step.betas[0])
+    square = exp_avg_sq[ids].lerp_((rows * rows).mean(dim=1), 1 - step.betas[1])
+    places = ids.unsqueeze(1) * table.shape[1] + torch.arange(table.shape[1], device=ids.device)
+    bits = random_bits(places, step.salt)
+    new = table[ids].float() - step.size * mean / (square.sqrt() + step.eps).unsqueeze(1)
+    table[ids] = rounded_by(new, bits & 0xFFFF)
+    exp_avg[ids] = rounded_by(mean, bits >> 16)
+    exp_avg_sq[ids] = square
+
+
+register("table_update", "reference", TableUpdateFunctions(_reference_full, _reference_rounded))
+
+
+def random_bits(places: Tensor, salt: int) -> Tensor:
+    """32 random bits for each place of a table, int64: `mixed(place ^ salt)` of the place's low 32 bits."""
+    return mixed((places & MASK) ^ salt)  # pyright: ignore
+
+
+def rounded_by(x: Tensor, bits: Tensor) -> Tensor:
+    """float32 numbers as bfloat16: up if the digits that are cut off exceed 2**16 minus the 16 random bits."""
+    whole = x.view(torch.int32).long() + bits
+    # A number that is not finite stays what it is.
+    up = ((whole >> 16) << 16).to(torch.int32).view(torch.float32)
+    return torch.where(x.isfinite(), up, x).bfloat16()

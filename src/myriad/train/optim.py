@@ -14,7 +14,8 @@ from torch.optim.adamw import adamw
 
 from myriad.config import Config
 from myriad.ffn import Role
-from myriad.kernels import lazy_adam
+from myriad.kernels import lazy_adam, new_moments
+from myriad.kernels.table_gradient import coalesced
 
 Schedule = Literal["cosine", "wsd", "constant"]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -87,22 +88,16 @@ class RoleOptimizer(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            for parameter in parameters:
-                self._start(parameter)
             if group["role"] == "table":
-                self._step_tables(group, parameters)
+                self._step_tables(group)
             elif parameters:
                 self._step_dense(group, parameters)
         return loss
 
-    def _start(self, parameter: Tensor) -> None:
-        state = self.state[parameter]
-        if not state:
-            state["step"] = torch.zeros(())
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
-
     def _step_dense(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter] = _state(torch.zeros_like(parameter), torch.zeros_like(parameter))
         states = [self.state[parameter] for parameter in parameters]
         adamw(
             parameters,
@@ -121,11 +116,14 @@ class RoleOptimizer(torch.optim.Optimizer):
             fused=parameters[0].device.type == "cpu",  # PyTorch's default there is a loop over parameters
         )
 
-    def _step_tables(self, group: dict[str, Any], tables: list[Tensor]) -> None:
-        for table in tables:
+    def _step_tables(self, group: dict[str, Any]) -> None:
+        for number, table in enumerate(group["params"]):
+            if table.grad is None:
+                continue
+            if not self.state[table]:
+                self.state[table] = _state(*new_moments(table))
             state = self.state[table]
             state["step"] += 1
-            assert table.grad is not None
             lazy_adam(
                 table,
                 state["exp_avg"],
@@ -135,7 +133,12 @@ class RoleOptimizer(torch.optim.Optimizer):
                 betas=group["betas"],
                 eps=group["eps"],
                 step=int(state["step"]),
+                seed=number,
             )
+
+
+def _state(exp_avg: Tensor, exp_avg_sq: Tensor) -> dict[str, Tensor]:
+    return {"step": torch.zeros(()), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
 
 
 def build_optimizer(
@@ -180,7 +183,7 @@ def clip_gradients(parameters: Iterable[Tensor], largest: float | None) -> Tenso
         if parameter.grad is None:
             continue
         if parameter.grad.layout == torch.sparse_coo:
-            parameter.grad = parameter.grad.coalesce()
+            parameter.grad = coalesced(parameter.grad)
             values.append(parameter.grad.values())
         else:
             values.append(parameter.grad)
