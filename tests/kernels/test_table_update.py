@@ -179,3 +179,5 @@ def test_moments_that_do_not_fit_are_refused():
         lazy_adam(table.bfloat16(), mean, square[:, 0], grad, **OPTIONS, step=1)
     with pytest.raises(ValueError, match="a gradient of its own"):
         lazy_adam(table, mean, square, torch.zeros(ROWS + 1, WIDTH), **OPTIONS, step=1)
+    with pytest.raises(ValueError, match="they must be contiguous"):
+        lazy_adam(table.T.contiguous().T, mean, square, grad, **OPTIONS, step=1)

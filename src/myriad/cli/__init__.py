@@ -4,6 +4,7 @@ A fault that the user can mend is one line on stderr and exit code 2; a fault du
 nothing can be saved, one line and exit code 130.
 """
 
+import ctypes
 import os
 import signal
 import sys
@@ -15,12 +16,16 @@ from typing import NoReturn
 INTERRUPTED = 130
 """The exit code after Ctrl-C; typer's too."""
 
+# The numbers of malloc.h.
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+
 
 def main() -> None:
     """Run the command line."""
     # Read by OpenMP when torch is loaded. Threads that spin long while they wait make a run several times slower
     # where it shares its cores with other work; a short spin costs nothing measurable where it does not.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    _keep_freed_memory()
     with _catching_interrupts():
         try:
             from myriad.cli.app import app
@@ -28,6 +33,18 @@ def main() -> None:
             app()
         except BaseException as error:
             _end(error)
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library keep what was freed, where it is glibc.
+
+    Otherwise it returns every large tensor to the system and is handed a new one page by page, each of them zeroed:
+    layers that make tensors of megabytes spend more time on that than on arithmetic (docs/LOG.md).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for parameter, size in ((M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**30), (M_TOP_PAD, 2**26)):
+            mallopt(parameter, size)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from myriad.config import ConfigError, Count, register
 from myriad.ffn.base import FFN, Cost, FFNConfig, FFNOutput, Role, Routing, no_loss
 from myriad.ffn.retrieval import Queries, QueryNorm, Router, new_keys, retrieval_cost, retrieve, side_of
 from myriad.kernels import expert_lookup
+from myriad.kernels.pages import in_large_pages
 
 
 @register
@@ -126,5 +127,5 @@ class PEER(FFN):
 
 def _table(experts: int, d_model: int) -> nn.Parameter:
     """Rows with a standard deviation of d_model**-0.5: normalised inputs give hidden values of order one."""
-    table = nn.Parameter(torch.empty(experts, d_model))
+    table = nn.Parameter(in_large_pages(torch.empty(experts, d_model)))
     return nn.init.normal_(table, std=d_model**-0.5)  # pyright: ignore[reportReturnType]

@@ -70,7 +70,7 @@ def _reference_forward(queries_THPQ: Tensor, keys_HPSQ: Tensor, k: int) -> tuple
     keys_HPQS = keys_HPSQ.to(dtype).transpose(2, 3)
     scores_THK = torch.empty(tokens, heads, k, dtype=dtype, device=queries_THPQ.device)
     ids_THK = torch.empty(tokens, heads, k, dtype=torch.int64, device=queries_THPQ.device)
-    candidates = _candidates(k, side, queries_THPQ.device)
+    candidates = candidate_pairs(k, side, queries_THPQ.device)
     step = max(1, SCORES_PER_BLOCK // (heads * 2 * side))
     for start in range(0, tokens, step):
         block = slice(start, start + step)
@@ -93,7 +93,7 @@ def _best_sums(halves_HPTS: Tensor, k: int, candidates: tuple[Tensor, Tensor]) -
     return scores, ids
 
 
-def _candidates(k: int, side: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def candidate_pairs(k: int, side: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Ranks (a, b) in the two sorted halves that can be among the k best sums.
 
     (a + 1) * (b + 1) - 1 other pairs score at least as much as (a, b), so it needs (a + 1) * (b + 1) <= k.

@@ -10,11 +10,11 @@ from myriad.kernels.bags import distinct_row_sums, row_sums
 
 
 def sparse_gradient(tokens: int, active: int, experts: int) -> bool:
-    """Whether the tables' gradients are sparse: when a batch can touch less than half of the rows.
+    """Whether the tables' gradients are sparse: when a batch can touch at most half of the rows.
 
     Decided from the sizes alone, so that every step and every rank decides alike.
     """
-    return 2 * tokens * active < experts
+    return 2 * tokens * active <= experts
 
 
 def table_gradient(

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from myriad.kernels.pages import in_large_pages
 from myriad.kernels.registry import register, resolve
 from myriad.kernels.table_gradient import coalesced
 
@@ -66,8 +67,12 @@ class TableUpdateFunctions(NamedTuple):
 def new_moments(table_ND: Tensor) -> tuple[Tensor, Tensor]:
     """The first and second moments of a table that has not been updated: zeros, by its dtype full or rounded."""
     if table_ND.dtype == torch.bfloat16:
-        return torch.zeros_like(table_ND), table_ND.new_zeros(len(table_ND), dtype=torch.float32)
-    return torch.zeros_like(table_ND), torch.zeros_like(table_ND)
+        return _zeros_like(table_ND), table_ND.new_zeros(len(table_ND), dtype=torch.float32)
+    return _zeros_like(table_ND), _zeros_like(table_ND)
+
+
+def _zeros_like(table_ND: Tensor) -> Tensor:
+    return in_large_pages(torch.empty_like(table_ND, memory_format=torch.contiguous_format)).zero_()
 
 
 def lazy_adam(
@@ -118,6 +123,8 @@ def _check(table: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor) -> 
             f"a {table.dtype} table takes moments of {table.dtype} and {square_dtype}, not "
             f"{exp_avg.dtype} and {exp_avg_sq.dtype}"
         )
+    if not (table.is_contiguous() and exp_avg.is_contiguous() and exp_avg_sq.is_contiguous()):
+        raise ValueError("a table and its moments are updated in place: they must be contiguous")
 
 
 def _rows_of(grad_ND: Tensor) -> tuple[Tensor | None, Tensor]:

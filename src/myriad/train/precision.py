@@ -5,19 +5,16 @@ from typing import Literal
 
 import torch
 
+from myriad.kernels.hardware import multiplies_bfloat16_fast
+
 Precision = Literal["float32", "bfloat16"]
 
 
 def resolve_precision(asked: Literal["auto", "float32", "bfloat16"], device: torch.device) -> Precision:
-    """`auto` is bfloat16 where the hardware multiplies it fast: CUDA, and CPUs with AVX512-BF16 or AMX."""
+    """`auto` is bfloat16 where the hardware multiplies it fast."""
     if asked != "auto":
         return asked
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    if device.type == "cpu":
-        able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        return "bfloat16" if able.get("avx512_bf16") or able.get("amx_bf16") else "float32"
-    return "float32"
+    return "bfloat16" if multiplies_bfloat16_fast(device.type) else "float32"
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:

@@ -1,0 +1,266 @@
+"""Looked-up single-neuron experts: token by token where most experts rest, else expert by expert.
+
+What a pass costs is the reading of rows of a kilobyte or so from memory: token by token T x A of them, in no
+order; expert by expert each distinct one once, in increasing order, for which the ids are sorted. The rows ahead
+are asked for while the present one is computed with.
+
+Legend: `T` tokens, `A` active experts a token, `N` experts, `D` width.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from myriad.kernels.cpu.activations import CODES, activate, slope
+from myriad.kernels.cpu.memory import new_tensor
+from myriad.kernels.cpu.rows import AHEAD, GRAIN, add_row, dot
+from myriad.kernels.cpu.simd import array, compiled, inlined, prefetch_row
+from myriad.kernels.cpu.table_gradient import bounds_of_pieces, gradient_rows, ids_tensor, segments, write_row
+from myriad.kernels.cpu.threads import in_parallel
+from myriad.kernels.expert_lookup import ExpertLookupFunctions, Gradients
+
+
+def _forward(
+    x: Tensor, ids: Tensor, weights: Tensor, down: Tensor, up: Tensor, gate: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    down_dots_TA = new_tensor(ids.shape)
+    gate_dots_TA = torch.empty(0) if gate is None else new_tensor(ids.shape)
+    arguments = (
+        array(x.float()),
+        array(ids),
+        array(weights.float()),
+        array(down),
+        array(up),
+        array(down if gate is None else gate),
+        gate is not None,
+        CODES[activation],
+        array(down_dots_TA),
+        array(down_dots_TA if gate is None else gate_dots_TA),
+    )
+    if ids.numel() < len(down):
+        y_TD = new_tensor(x.shape)
+        in_parallel(_visit_tokens, len(x), *arguments, array(y_TD), grain=GRAIN)
+    else:
+        found, pieces = segments(ids, len(down)), torch.get_num_threads()
+        ys_PTD = new_tensor((pieces, *x.shape))
+        bounds = bounds_of_pieces(found, pieces)
+        in_parallel(_visit_experts, pieces, bounds, *found, *arguments, array(ys_PTD), grain=1)
+        y_TD = ys_PTD.sum(0)
+    return y_TD.to(x.dtype), down_dots_TA, gate_dots_TA
+
+
+@compiled
+def _visit_tokens(
+    start: int,
+    stop: int,
+    x: Any,
+    ids: Any,
+    weights: Any,
+    down: Any,
+    up: Any,
+    gate: Any,
+    gated: bool,
+    code: int,
+    down_dots: Any,
+    gate_dots: Any,
+    y: Any,
+) -> None:
+    active = ids.shape[1]
+    for token in range(start, stop):
+        y[token] = 0
+        for a in range(min(AHEAD, active)):
+            _prefetch(ids[token, a], down, up, gate, gated)
+        for a in range(active):
+            if a + AHEAD < active:
+                _prefetch(ids[token, a + AHEAD], down, up, gate, gated)
+            expert = ids[token, a]
+            hidden = down_dots[token, a] = dot(x, token, down, expert)
+            if gated:
+                gate_dots[token, a] = dot(x, token, gate, expert)
+                hidden *= activate(code, gate_dots[token, a])
+            else:
+                hidden = activate(code, hidden)
+            add_row(y[token], weights[token, a] * hidden, up, expert)
+
+
+@compiled
+def _visit_experts(
+    start: int,
+    stop: int,
+    bounds: Any,
+    order: Any,
+    starts: Any,
+    experts: Any,
+    x: Any,
+    ids: Any,
+    weights: Any,
+    down: Any,
+    up: Any,
+    gate: Any,
+    gated: bool,
+    code: int,
+    down_dots: Any,
+    gate_dots: Any,
+    ys: Any,
+) -> None:
+    """The same expert by expert: where most are used, and by several tokens, each row is read once, in order.
+
+    Each piece of the work has outputs of its own, which are added up in order.
+    """
+    active = ids.shape[1]
+    for piece in range(start, stop):
+        y = ys[piece]
+        y[:] = 0
+        for segment in range(bounds[piece], bounds[piece + 1]):
+            if segment + AHEAD < bounds[piece + 1]:
+                _prefetch(experts[segment + AHEAD], down, up, gate, gated)
+            expert = experts[segment]
+            for place in range(starts[segment], starts[segment + 1]):
+                token, a = order[place] // active, order[place] % active
+                if place + AHEAD < len(order):
+                    later = order[place + AHEAD] // active
+                    prefetch_row(x, later)
+                    prefetch_row(y, later)
+                hidden = down_dots[token, a] = dot(x, token, down, expert)
+                if gated:
+                    gate_dots[token, a] = dot(x, token, gate, expert)
+                    hidden *= activate(code, gate_dots[token, a])
+                else:
+                    hidden = activate(code, hidden)
+                add_row(y[token], weights[token, a] * hidden, up, expert)
+
+
+@inlined
+def _prefetch(expert: int, down: Any, up: Any, gate: Any, gated: bool) -> None:
+    prefetch_row(down, expert)
+    prefetch_row(up, expert)
+    if gated:
+        prefetch_row(gate, expert)
+
+
+def _backward(
+    grad_y: Tensor,
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    down: Tensor,
+    up: Tensor,
+    gate: Tensor | None,
+    down_dots: Tensor,
+    gate_dots: Tensor,
+    activation: str,
+    sparse: bool,
+) -> Gradients:
+    found = segments(ids, len(down))
+    tables = [down, up] if gate is None else [down, up, gate]
+    rows = [gradient_rows(table, found, sparse) for table in tables]
+    pieces = torch.get_num_threads()
+    grad_weights_TA = new_tensor(ids.shape)
+    grads_x_PTD = new_tensor((pieces, *x.shape))
+    in_parallel(
+        _look_back,
+        pieces,
+        bounds_of_pieces(found, pieces),
+        *found,
+        array(x.float()),
+        array(grad_y.float()),
+        array(weights.float()).reshape(-1),
+        array(down),
+        array(up),
+        array(down if gate is None else gate),
+        gate is not None,
+        CODES[activation],
+        array(down_dots).reshape(-1),
+        array(down_dots if gate is None else gate_dots).reshape(-1),
+        array(grads_x_PTD),
+        array(grad_weights_TA).reshape(-1),
+        *(array(table) for table in rows),
+        *([array(rows[0])] if gate is None else []),
+        sparse,
+        grain=1,
+    )
+    return Gradients(
+        grads_x_PTD.sum(0).to(x.dtype),
+        grad_weights_TA.to(weights.dtype),
+        ids_tensor(found, sparse),
+        *rows,
+        *([down.new_empty(0)] if gate is None else []),
+    )
+
+
+@compiled
+def _look_back(
+    start: int,
+    stop: int,
+    bounds: Any,
+    order: Any,
+    starts: Any,
+    ids: Any,
+    x: Any,
+    grad_y: Any,
+    weights: Any,
+    down: Any,
+    up: Any,
+    gate: Any,
+    gated: bool,
+    code: int,
+    down_dots: Any,
+    gate_dots: Any,
+    grads_x: Any,
+    grad_weights: Any,
+    grad_down: Any,
+    grad_up: Any,
+    grad_gate: Any,
+    sparse: bool,
+) -> None:
+    """All gradients of some experts, one after another: each row is read and each gradient row written once.
+
+    Tokens are what is read again and again, and they are few enough to stay in the cache. Each piece of the work
+    has gradients of the tokens of its own, which are added up in order.
+    """
+    active, width = len(order) // max(1, len(x)), x.shape[1]
+    for_down, for_up, for_gate = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(width, np.float32)
+    for piece in range(start, stop):
+        grad_x = grads_x[piece]
+        grad_x[:] = 0
+        for segment in range(bounds[piece], bounds[piece + 1]):
+            if segment + AHEAD < bounds[piece + 1]:
+                _prefetch(ids[segment + AHEAD], down, up, gate, gated)
+            expert = ids[segment]
+            for_down[:] = 0
+            for_up[:] = 0
+            for_gate[:] = 0
+            for place in range(starts[segment], starts[segment + 1]):
+                entry = order[place]
+                token, weight, value = entry // active, weights[entry], down_dots[entry]
+                if place + AHEAD < len(order):
+                    later = order[place + AHEAD] // active
+                    prefetch_row(x, later)
+                    prefetch_row(grad_y, later)
+                    prefetch_row(grad_x, later)
+                out_dot = dot(grad_y, token, up, expert)
+                if gated:
+                    gate_dot = gate_dots[entry]
+                    share = activate(code, gate_dot)
+                    hidden = share * value
+                    to_down = weight * out_dot * share
+                    to_gate = weight * out_dot * value * slope(code, gate_dot)
+                    add_row(grad_x[token], to_gate, gate, expert)
+                    add_row(for_gate, to_gate, x, token)
+                else:
+                    hidden = activate(code, value)
+                    to_down = weight * out_dot * slope(code, value)
+                grad_weights[entry] = hidden * out_dot
+                add_row(grad_x[token], to_down, down, expert)
+                add_row(for_down, to_down, x, token)
+                add_row(for_up, weight * hidden, grad_y, token)
+            row = segment if sparse else expert
+            write_row(grad_down, row, for_down)
+            write_row(grad_up, row, for_up)
+            if gated:
+                write_row(grad_gate, row, for_gate)
+
+
+FUNCTIONS = ExpertLookupFunctions(_forward, _backward)

@@ -1,0 +1,198 @@
+"""What Numba lacks: prefetching, and bfloat16 numbers, which arrays hold as their 16 bits in int16."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic as numba_intrinsic
+from numba.extending import overload
+from torch import Tensor
+
+FAST = {"reassoc", "contract", "nsz", "arcp"}
+"""Sums may be taken in any order, so that they run in vector registers; NaN and infinity keep their meaning."""
+LINE = 64
+"""Bytes of a cache line."""
+
+intrinsic: Any = numba_intrinsic  # what it makes of a function takes other arguments
+
+
+def compiled(function: Any) -> Any:
+    """Compile a function of arrays and numbers when it is first called, and keep it on disk."""
+    return njit(function, nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+
+
+def inlined(function: Any) -> Any:
+    """The same for a function that only compiled ones call."""
+    return njit(function, nogil=True, fastmath=FAST, error_model="numpy", forceinline=True)
+
+
+def array(tensor: Tensor) -> np.ndarray:
+    """A contiguous view of a float32, bfloat16 or integer tensor for a compiled function."""
+    tensor = tensor.detach().contiguous()
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+@intrinsic
+def _prefetch_line(typing: Any, table: Any, offset: Any) -> Any:
+    """Ask for the cache line at a byte offset of a contiguous array."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        place = builder.gep(builder.bitcast(data, ir.IntType(8).as_pointer()), [arguments[1]])
+        number = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [place.type, number, number, number])
+        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(prefetch, [place, number(0), number(3), number(1)])
+        return context.get_dummy_value()
+
+    return types.none(table, types.intp), generate
+
+
+@inlined
+def prefetch(line: Any, first: int, count: int) -> None:
+    """Ask for elements of a contiguous line."""
+    for offset in range(first * line.itemsize, (first + count) * line.itemsize, LINE):
+        _prefetch_line(line, offset)
+
+
+@inlined
+def prefetch_row(table: Any, row: int) -> None:
+    """Ask for a row of a contiguous table, so that it is on its way while others are computed with."""
+    size = table.shape[1] * table.itemsize
+    for offset in range(0, size, LINE):
+        _prefetch_line(table, row * size + offset)
+
+
+def _cast(source: Any, target: Any, number: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], target)
+
+    return number(source), generate
+
+
+@intrinsic
+def bits_of(typing: Any, x: Any) -> Any:
+    """The 32 bits of a float32."""
+    return _cast(types.float32, ir.IntType(32), types.uint32)
+
+
+@intrinsic
+def float_of(typing: Any, bits: Any) -> Any:
+    """The float32 of 32 bits."""
+    return _cast(types.uint32, ir.FloatType(), types.float32)
+
+
+@intrinsic
+def wide(typing: Any, x: Any) -> Any:
+    """An element of a float32 or bfloat16 array as float32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if signature.args[0] == types.float32:
+            return arguments[0]
+        word = builder.zext(arguments[0], ir.IntType(32))
+        return builder.bitcast(builder.shl(word, ir.IntType(32)(16)), ir.FloatType())
+
+    return types.float32(x), generate
+
+
+@inlined
+def to_bfloat16(x: float) -> Any:
+    """The 16 bits of the bfloat16 nearest to a float32, ties to even."""
+    if x != x:
+        return np.int16(0x7FC0)
+    bits = bits_of(x)
+    return np.int16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+
+def as_element(array, x):
+    """A float32 as an array holds it."""
+    raise NotImplementedError("for compiled functions")
+
+
+@overload(as_element)
+def _as_element(array, x):
+    if array.dtype == types.int16:
+        return lambda array, x: to_bfloat16(x)
+    return lambda array, x: x
+
+
+def _ordered(builder: Any, word: Any, width: int, infinity: int) -> Any:
+    """The bits of a floating point number as an integer of the same order; NaN above all."""
+    kind = ir.IntType(width)
+    rest = kind(2 ** (width - 1) - 1)
+    flipped = builder.xor(word, builder.and_(builder.ashr(word, kind(width - 1)), rest))
+    is_nan = builder.icmp_signed(">", builder.and_(word, rest), kind(infinity))
+    return builder.select(is_nan, rest, flipped)
+
+
+@intrinsic
+def ordered(typing: Any, x: Any) -> Any:
+    """An element of a float32 or bfloat16 array as an int32 or int16 of the same order; NaN above all."""
+    result = types.int32 if x == types.float32 else types.int16
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if signature.args[0] == types.float32:
+            return _ordered(builder, builder.bitcast(arguments[0], ir.IntType(32)), 32, 0x7F800000)
+        return _ordered(builder, arguments[0], 16, 0x7F80)
+
+    return result(x), generate
+
+
+@intrinsic
+def from_ordered(typing: Any, number: Any) -> Any:
+    """The float32 that `ordered` made an int32 or int16 of."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        width = signature.args[0].bitwidth
+        kind = ir.IntType(width)
+        flip = builder.and_(builder.ashr(arguments[0], kind(width - 1)), kind(2 ** (width - 1) - 1))
+        word = builder.zext(builder.xor(arguments[0], flip), ir.IntType(32)) if width < 32 else None
+        if word is None:
+            return builder.bitcast(builder.xor(arguments[0], flip), ir.FloatType())
+        return builder.bitcast(builder.shl(word, ir.IntType(32)(16)), ir.FloatType())
+
+    return types.float32(number), generate
+
+
+def _chosen(comparison: str) -> Any:
+    def choose(typing: Any, first: Any, second: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.select(builder.icmp_signed(comparison, *arguments), *arguments)
+
+        return first(first, first), generate
+
+    return choose
+
+
+larger = intrinsic(_chosen(">"))
+"""The larger of two integers of one type, in that type: Python's own would widen them."""
+smaller = intrinsic(_chosen("<"))
+"""The smaller of two integers of one type, in that type."""
+
+
+@intrinsic
+def lanes_reaching(typing: Any, values: Any, least: Any) -> Any:
+    """The bits of those of 64 lanes whose integer is at least its lane's, as a uint64; both arrays hold 64."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        vectors = []
+        for kind, argument in zip(signature.args, arguments, strict=True):
+            data = context.make_array(kind)(context, builder, argument).data
+            vector = ir.VectorType(ir.IntType(kind.dtype.bitwidth), 64)
+            vectors.append(builder.load(builder.bitcast(data, vector.as_pointer()), align=kind.dtype.bitwidth // 8))
+        return builder.bitcast(builder.icmp_signed(">=", *vectors), ir.IntType(64))
+
+    return types.uint64(values, least), generate
+
+
+@intrinsic
+def lowest_bit(typing: Any, bits: Any) -> Any:
+    """The number of the lowest set bit of a uint64 other than zero."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.cttz(arguments[0], ir.IntType(1)(1))
+
+    return types.intp(types.uint64), generate

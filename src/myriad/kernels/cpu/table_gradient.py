@@ -1,0 +1,141 @@
+"""The gradient of a table that was looked up in, without sorting more than ids and without atomics.
+
+Entries are put in the order of their ids by a stable radix sort; each distinct row is then the sum over one
+segment, written once, by one thread.
+
+Legend: `M` entries, `N` rows of the table, `D` width, `U` distinct rows.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from myriad.kernels.cpu.memory import new_tensor
+from myriad.kernels.cpu.rows import add_row
+from myriad.kernels.cpu.simd import array, as_element, compiled, inlined
+from myriad.kernels.cpu.threads import in_parallel
+
+DIGIT = 11
+"""Bits that one pass of the sort orders by: its counts stay in the nearest cache."""
+
+
+class Segments(NamedTuple):
+    """Entries in the order of their ids."""
+
+    order_M: np.ndarray
+    """int32: entries, those of one id together, in the order in which they stood."""
+    starts: np.ndarray
+    """int32 of shape (U + 1,): where each distinct id's entries begin, and the end."""
+    ids_U: np.ndarray
+    """int64, increasing."""
+
+
+def segments(ids: Tensor, rows: int) -> Segments:
+    """Group the entries of a tensor of ids below `rows` by id."""
+    flat = array(ids).reshape(-1)
+    order, spare = np.empty(len(flat), np.int32), np.empty(len(flat), np.int32)
+    starts, distinct = np.empty(len(flat) + 1, np.int32), np.empty(len(flat), np.int64)
+    passes = max(1, -(-(rows - 1).bit_length() // DIGIT))
+    found = _sort(flat, passes, order, spare, starts, distinct)
+    return Segments(order, starts[: found + 1], distinct[:found])
+
+
+@compiled
+def _sort(ids: Any, passes: int, order: Any, spare: Any, starts: Any, distinct: Any) -> int:
+    for entry in range(len(ids)):
+        order[entry] = entry
+    for number in range(passes):
+        source, target = (order, spare) if number % 2 == 0 else (spare, order)
+        _sort_by_digit(ids, number * DIGIT, source, target)
+    if passes % 2 == 1:
+        order[:] = spare
+    found = 0
+    for place in range(len(order)):
+        value = ids[order[place]]
+        if place == 0 or value != distinct[found - 1]:
+            starts[found], distinct[found] = place, value
+            found += 1
+    starts[found] = len(order)
+    return found
+
+
+@inlined
+def _sort_by_digit(ids: Any, shift: int, source: Any, target: Any) -> None:
+    counts = np.zeros(2**DIGIT + 1, np.int32)
+    for entry in range(len(ids)):
+        counts[((ids[entry] >> shift) & (2**DIGIT - 1)) + 1] += 1
+    for digit in range(2**DIGIT):
+        counts[digit + 1] += counts[digit]
+    for place in range(len(source)):
+        digit = (ids[source[place]] >> shift) & (2**DIGIT - 1)
+        target[counts[digit]] = source[place]
+        counts[digit] += 1
+
+
+def gradient_rows(table_ND: Tensor, found: Segments, sparse: bool) -> Tensor:
+    """The rows of a table's gradient, to be written: (U, D) if sparse, else (N, D), of which the unused are zero."""
+    if sparse:
+        return new_tensor((len(found.ids_U), table_ND.shape[1]), table_ND.dtype)
+    rows = new_tensor(table_ND.shape, table_ND.dtype)
+    in_parallel(_fill_gaps, len(rows), found.ids_U, array(rows), grain=1024)
+    return rows
+
+
+def bounds_of_pieces(found: Segments, pieces: int) -> np.ndarray:
+    """The segments at which a number of pieces of about as many entries each begin and end."""
+    entries = np.linspace(0, found.starts[-1], pieces + 1)
+    bounds = np.searchsorted(found.starts, entries)
+    bounds[-1] = len(found.ids_U)
+    return bounds
+
+
+def table_gradient(
+    table_ND: Tensor, found: Segments, coefficients_M: np.ndarray, source_TD: np.ndarray, sparse: bool
+) -> Tensor:
+    """For every distinct id the sum over its entries of coefficients[m] * source[m // A], A = M / T.
+
+    Returns:
+        rows of shape (U, D) if sparse, else of shape (N, D), in the table's dtype.
+    """
+    rows = gradient_rows(table_ND, found, sparse)
+    in_parallel(_sum_segments, len(found.ids_U), *found, coefficients_M, source_TD, array(rows), sparse, grain=256)
+    return rows
+
+
+def ids_tensor(found: Segments, sparse: bool) -> Tensor:
+    """The distinct ids of a sparse gradient; none for a dense one."""
+    return torch.from_numpy(found.ids_U) if sparse else torch.empty(0, dtype=torch.int64)
+
+
+@compiled
+def _fill_gaps(start: int, stop: int, ids: Any, rows: Any) -> None:
+    """Zero the rows that no id points at."""
+    place = np.searchsorted(ids, start)
+    for row in range(start, stop):
+        if place < len(ids) and ids[place] == row:
+            place += 1
+        else:
+            rows[row] = 0
+
+
+@compiled
+def _sum_segments(
+    start: int, stop: int, order: Any, starts: Any, ids: Any, coefficients: Any, source: Any, rows: Any, sparse: bool
+) -> None:
+    active = len(order) // max(1, len(source))
+    total = np.empty(source.shape[1], np.float32)
+    for segment in range(start, stop):
+        total[:] = 0
+        for place in range(starts[segment], starts[segment + 1]):
+            entry = order[place]
+            add_row(total, coefficients[entry], source, entry // active)
+        write_row(rows, segment if sparse else ids[segment], total)
+
+
+@inlined
+def write_row(rows: Any, row: int, total: Any) -> None:
+    """rows[row] = total, in the dtype of the rows"""
+    for d in range(len(total)):
+        rows[row, d] = as_element(rows, total[d])
