@@ -92,18 +92,19 @@ def row_bytes(config: PEERConfig, d_model: int, batch: Batch) -> float:
 
 
 def model_step_phases(
-    flops_per_token: float, layers: Sequence[PEERConfig], d_model: int, batches: Sequence[Batch]
+    tokens: int, flops_per_token: float, layers: Sequence[PEERConfig], d_model: int, batches: Sequence[Batch]
 ) -> list[Phase]:
     """A training step of a whole model: its PEER layers, and the rest, whose backward is twice its forward.
 
     Args:
+        tokens: of the step.
         flops_per_token: of the whole model's forward.
         layers: the PEER layers.
         d_model: their width.
         batches: what went through each.
     """
     peer = sum(layer.cost(d_model).flops for layer in layers)
-    rest = Phase(flops=3 * batches[0].tokens * (flops_per_token - peer))
+    rest = Phase(flops=3 * tokens * (flops_per_token - peer))
     parts = [step_phases(layer, d_model, batch) for layer, batch in zip(layers, batches, strict=True)]
     return [rest, *(phase for part in parts for phase in part)]
 

@@ -11,14 +11,16 @@ The two agree where ours has keys for every head (`shared_keys: false`), queries
 from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from myriad.analysis.bench.report import THEIRS
 from myriad.config import ConfigError
+from myriad.ffn.base import FFN, FFNOutput, Role, no_loss
 from myriad.ffn.peer import PEER, PEERConfig
 
-NAME = "PEER-pytorch"
 MODULE = "PEER_pytorch"
 ABSENT = "not installed: pip install 'myriad-moe[bench]'"
 
@@ -94,4 +96,30 @@ def _check(config: PEERConfig) -> None:
         ("router", config.router == "softmax" or one_relu),
     ):
         if not equal:
-            raise ConfigError(f"{option}: {NAME} has no layer with {option} = {getattr(config, option)}")
+            raise ConfigError(f"{option}: {THEIRS} has no layer with {option} = {getattr(config, option)}")
+
+
+class TheirFFN(FFN):
+    """Their layer in the place of ours in a model."""
+
+    def __init__(self, layer: PEER) -> None:
+        super().__init__()
+        self.layer = their_layer(layer, share=True)
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, with_routing: bool = False) -> FFNOutput:
+        return FFNOutput(self.layer(x), no_loss(x), {}, ())
+
+    def roles(self) -> dict[str, Role]:
+        return dict.fromkeys((name for name, _ in self.named_parameters()), "matrix")
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def with_their_layers(model: M) -> M:
+    """Put their layer in the place of each of our PEER layers; the tables stay the same memory."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, PEER):
+                setattr(module, name, TheirFFN(child))
+    return model

@@ -1,15 +1,29 @@
 """What a benchmark tells: one `Measurement` for every figure, and on what they were taken. Written as JSON."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import median, quantiles
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from myriad.config import Config
+from myriad.train.precision import Precision
 
 What = Literal[
     "layer forward", "layer training step", "layer peak memory", "layer decode", "model training", "model decode"
 ]
 Unit = Literal["ms", "MB", "tokens/s"]
+
+
+class Contender(NamedTuple):
+    """One of those that are compared."""
+
+    who: str
+    precision: Precision
+
+
+OURS = "myriad"
+THEIRS = "PEER-pytorch"
+BASE = Contender(THEIRS, "float32")
+"""Whom the others are compared with."""
 
 
 class Spread(Config):
@@ -57,6 +71,8 @@ class Measurement(Config):
     """Of outputs; for a training step, of the gradients of every parameter and of the input."""
     bound: float | None = None
     """The best that the measured bandwidth and arithmetic allow, in the same unit."""
+    in_turns: bool = True
+    """False: the contenders ran one after the other, since the memory does not hold both."""
     missing: str | None = None
     """Why there is no value."""
 
@@ -99,10 +115,63 @@ class Report(Config):
     """Op -> implementation (reason)."""
     settings: dict
     """Of the benchmark, from which it can be repeated."""
-    models: dict[str, dict]
-    """Name -> config of each model that was measured."""
+    models: list[dict]
+    """The models that were measured."""
     rates: Rates
     measurements: list[Measurement]
+
+
+def compared(
+    what: What,
+    shape: str,
+    amounts: Mapping[Contender, Sequence[float]],
+    unit: Unit,
+    *,
+    scale: float = 1,
+    differences: Mapping[Contender, Difference] | None = None,
+    bounds: Mapping[str, float] | None = None,
+    in_turns: bool = True,
+) -> Iterator[Measurement]:
+    """The measurements of contenders.
+
+    Args:
+        what, shape, unit: of all.
+        amounts: seconds or bytes of each run of each contender.
+        scale: one amount in the unit; for rates, what the rate counts in one run.
+        differences: of those that were compared with the reference.
+        bounds: the least amount, by precision.
+        in_turns: whether the contenders took turns.
+    """
+
+    def in_unit(amount: float) -> float:
+        return scale / amount if unit == "tokens/s" else scale * amount
+
+    for contender, runs in amounts.items():
+        bound = (bounds or {}).get(contender.precision)
+        yield Measurement(
+            what=what,
+            shape=shape,
+            who=contender.who,
+            precision=contender.precision,
+            unit=unit,
+            value=Spread.of([in_unit(amount) for amount in runs]),
+            ratio=paired_ratio(amounts.get(BASE), runs),
+            difference=(differences or {}).get(contender),
+            bound=None if bound is None else in_unit(bound),
+            in_turns=in_turns,
+        )
+
+
+def absent(what: What, shape: str, unit: Unit, who: str, why: str) -> Measurement:
+    """A measurement that could not be taken."""
+    return Measurement(what=what, shape=shape, who=who, precision="float32", unit=unit, missing=why)
+
+
+def paired_ratio(base: Sequence[float] | None, mine: Sequence[float]) -> Spread | None:
+    """The spread of base over mine, pair by pair; None without a base, or if nothing was taken."""
+    if base is None or 0 in mine:
+        return None
+    return Spread.of([theirs / ours for theirs, ours in zip(base, mine, strict=True)])
 
 
 def with_growth(found: Sequence[Measurement]) -> list[Measurement]:

@@ -2,26 +2,16 @@
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
-
-from myriad.analysis.bench.report import Spread
-from myriad.train.precision import Precision
 
 PAUSE = 0.002
 """Seconds before a run in which the threads of another library's pool stop spinning for work."""
 
 K = TypeVar("K")
-
-
-class Contender(NamedTuple):
-    """One of those that take turns."""
-
-    who: str
-    precision: Precision
 
 
 def interleaved(
@@ -72,10 +62,3 @@ def _without_collector() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def paired_ratio(base: Sequence[float] | None, mine: Sequence[float]) -> Spread | None:
-    """The spread of base over mine, pair by pair; None without a base."""
-    if base is None:
-        return None
-    return Spread.of([theirs / ours for theirs, ours in zip(base, mine, strict=True)])
