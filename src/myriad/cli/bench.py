@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, get_args
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from myriad.analysis.bench import BenchConfig, Measurement, ModelShape, Report, Spread
@@ -50,7 +51,7 @@ def bench(
     for line in _machine(report):
         console.print(line, markup=False, soft_wrap=True)
     for what, found in groupby(sorted(report.measurements, key=_order), key=lambda one: one.what):
-        console.print(_table(what, list(found)))
+        _print_table(console, what, list(found))
     out.write_text(report.model_dump_json(indent=1) + "\n")
     console.print(f"{out}: written", markup=False, soft_wrap=True)
 
@@ -166,24 +167,36 @@ def _order(one: Measurement) -> int:
     return get_args(What).index(one.what)
 
 
-def _table(what: str, found: Sequence[Measurement]) -> Table:
+def _print_table(console: Console, what: str, found: Sequence[Measurement]) -> None:
+    """The figures of one kind, and why there are none of some."""
+    figures = [(one, one.value) for one in found if one.value is not None]
+    console.print()
+    console.print(f"{what}, {found[0].unit}" if figures else what, style="bold", markup=False)
+    if figures:
+        console.print(_table(figures))
+    for one in found:
+        if one.missing is not None:
+            console.print(f"{one.shape}, {one.who}: {one.missing}", markup=False, soft_wrap=True)
+
+
+def _table(figures: Sequence[tuple[Measurement, Spread]]) -> Table:
+    from rich import box
     from rich.table import Table
 
-    unit = found[-1].unit
-    table = Table("size", "whose", "precision", title=f"{what}, {unit}", title_justify="left", show_edge=False)
-    for column in (f"median {unit}", "quartiles", "vs PEER-pytorch", "growth", "difference", "bound"):
+    table = Table("size", "whose", "precision", box=box.SIMPLE_HEAD)
+    for column in ("median", "quartiles", "vs PEER-pytorch", "growth", "difference", "bound"):
         table.add_column(column, justify="right")
-    for one in found:
-        if one.value is None:
-            table.add_row(one.shape, one.who, "", one.missing)
-            continue
-        spread = f"{_number(one.value.low)} to {_number(one.value.high)}"
-        who = one.who if one.in_turns else f"{one.who}, alone"
-        difference = "" if one.difference is None else f"{one.difference.relative:.1e}"
-        growth = "" if one.growth is None else f"{one.growth:.2f}"
+    for one, value in figures:
         table.add_row(
-            *(one.shape, who, one.precision, _number(one.value.median), spread),
-            *(_ratio(one.ratio), growth, difference, "" if one.bound is None else _number(one.bound)),
+            one.shape,
+            one.who if one.in_turns else f"{one.who}, alone",
+            one.precision,
+            _number(value.median),
+            f"{_number(value.low)} to {_number(value.high)}",
+            _ratio(one.ratio),
+            "" if one.growth is None else f"{one.growth:.2f}",
+            "" if one.difference is None else f"{one.difference.relative:.1e}",
+            "" if one.bound is None else _number(one.bound),
         )
     return table
 

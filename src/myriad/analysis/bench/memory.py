@@ -8,7 +8,6 @@ it is given back first. Other systems cannot set the peak back: there is no figu
 """
 
 import ctypes
-import gc
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -41,7 +40,6 @@ def lack(needed: float, device: torch.device) -> str | None:
 
 def peak_above(run: Callable[[], object], device: torch.device) -> int | None:
     """Bytes that a run takes at its peak beyond those held before; None where this cannot be measured."""
-    gc.collect()
     wait_for(device)
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)

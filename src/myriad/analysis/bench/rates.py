@@ -11,15 +11,16 @@ from myriad.analysis.bench.timing import interleaved
 ROW = 256
 """Width of a gathered row, in float32: that of the benchmark's tables."""
 BAG = 128
+RUNS = 10
+"""Of each rate: one that was slowed by other work would make a bound of what is none."""
 
 
-def measure_rates(megabytes: int, side: int, *, repeats: int, device: torch.device) -> Rates:
+def measure_rates(megabytes: int, side: int, device: torch.device) -> Rates:
     """Measure bandwidth and arithmetic; each rate is that of its fastest run.
 
     Args:
         megabytes: size of the tensors that are moved, many times the caches' size.
         side: of the square matrices that are multiplied.
-        repeats: runs of each.
         device: where.
     """
     source = torch.ones(megabytes * 2**20 // (4 * ROW), ROW, device=device)
@@ -35,5 +36,5 @@ def measure_rates(megabytes: int, side: int, *, repeats: int, device: torch.devi
         "float32_flops": (2 * side**3, lambda: left @ left),
         "bfloat16_flops": (2 * side**3, lambda: narrow @ narrow),
     }
-    seconds = interleaved({name: run for name, (_, run) in runs.items()}, repeats=repeats, warmup=1, device=device)
+    seconds = interleaved({name: run for name, (_, run) in runs.items()}, repeats=RUNS, warmup=1, device=device)
     return Rates(**{name: amount / min(seconds[name]) for name, (amount, _) in runs.items()})

@@ -181,6 +181,7 @@ def with_growth(found: Sequence[Measurement]) -> list[Measurement]:
     for one in found:
         if one.value is not None and one.what.startswith("layer"):
             first = smallest.setdefault((one.what, one.who, one.precision), one.value.median)
-            one = one.model_copy(update={"growth": one.value.median / first})
+            growth = one.value.median / first if first else None
+            one = one.model_copy(update={"growth": growth})
         grown.append(one)
     return grown

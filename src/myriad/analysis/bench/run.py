@@ -37,7 +37,7 @@ def run_bench(
     with kernels.use(settings.kernels):
         chosen = kernels.choices(device.type)
         say("bandwidth and arithmetic of this machine")
-        rates = measure_rates(settings.megabytes, settings.matrix, repeats=settings.repeats, device=device)
+        rates = measure_rates(settings.megabytes, settings.matrix, device)
         found = list(_measure(settings, models, rates, device, say))
     return Report(
         time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -54,7 +54,6 @@ def wait_for(device: torch.device) -> None:
 @contextmanager
 def _without_collector() -> Iterator[None]:
     """No garbage collection in the middle of a run."""
-    gc.collect()
     enabled = gc.isenabled()
     gc.disable()
     try:
