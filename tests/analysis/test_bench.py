@@ -197,6 +197,11 @@ def test_a_system_that_does_not_tell_has_no_peak(monkeypatch, tmp_path):
     assert memory.peak_above(lambda: None, CPU) is None
 
 
+def test_the_free_memory_is_a_number_of_bytes_where_the_system_tells():
+    free = memory.available_bytes(CPU)
+    assert free is None or 2**20 < free < 2**50
+
+
 def test_what_does_not_fit_is_named(monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda device: 3_000_000_000)
     assert memory.lack(2e9, CPU) is None

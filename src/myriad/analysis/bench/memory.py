@@ -24,6 +24,7 @@ PROCESS = Path("/proc/self")
 def available_bytes(device: torch.device) -> int | None:
     """Memory that a new tensor could have; None where the system does not say."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what PyTorch keeps for itself is free, too
         return torch.cuda.mem_get_info(device)[0]
     with suppress(OSError):
         return _kilobytes(Path("/proc/meminfo"), "MemAvailable")

@@ -5,7 +5,6 @@ trained with `torch.optim.Adam`. Where the memory does not hold both models they
 instead of in turns.
 """
 
-import gc
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -49,7 +48,6 @@ class ModelBench:
 
     def measure(self, whose: list[str]) -> None:
         """Time those that fit into memory together; they take turns."""
-        gc.collect()  # what was measured before may hang on a cycle
         models = {who: self._build(who) for who in whose}
         if OURS in models:
             self._note_reference(models[OURS])

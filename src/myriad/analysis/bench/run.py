@@ -1,6 +1,5 @@
 """The whole benchmark: the machine's rates, then each size of the layer, then whole models."""
 
-import gc
 import os
 import platform
 import sys
@@ -62,10 +61,8 @@ def _measure(
 ) -> Iterator[Measurement]:
     for side in sorted(settings.sides):
         yield from measure_layer(settings, side, rates, device, say)
-        gc.collect()  # gigabytes may hang on a cycle
     for shape in models if "model" in settings.parts else ():
         yield from measure_model(shape, settings, rates, device, say)
-        gc.collect()
 
 
 def processor() -> str:
