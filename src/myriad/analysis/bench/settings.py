@@ -26,8 +26,8 @@ class BenchConfig(Config):
     heads: PositiveInt = 8
     experts_per_head: PositiveInt = 16
     d_key: PositiveInt = 128
-    decoded: PositiveInt = 32
-    """Tokens that a layer takes one by one in a run."""
+    decoded: PositiveInt = 256
+    """Tokens that a layer takes one by one in a run: their rows exceed the caches, as those of a long text do."""
     generated: PositiveInt = 64
     """Tokens that a model generates in a run."""
     repeats: int = Field(default=7, ge=1, le=1000)
