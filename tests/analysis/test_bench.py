@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from myriad import kernels
-from myriad.analysis.bench import BenchConfig, Measurement, ModelShape, Report, Spread, bounds, memory, run_bench
+from myriad.analysis.bench import BenchConfig, Measurement, ModelShape, Report, Spread, bounds, memory, peak, run_bench
 from myriad.analysis.bench import case as cases
 from myriad.analysis.bench import model as models
 from myriad.analysis.bench.bounds import Batch, Phase
@@ -15,9 +15,11 @@ from myriad.analysis.bench.rates import measure_rates
 from myriad.analysis.bench.report import BASE, OURS, THEIRS, Contender, Rates, compared, paired_ratio, with_growth
 from myriad.analysis.bench.timing import interleaved
 from myriad.ffn import PEERConfig, StackConfig
+from myriad.kernels.table_gradient import sparse_gradient
 from myriad.models import TransformerConfig
 
 CPU = torch.device("cpu")
+ELSEWHERE = peak.measured_elsewhere
 SETTINGS = BenchConfig(
     sides=(8, 16),
     tokens=16,
@@ -50,8 +52,16 @@ def small_shape(**options) -> ModelShape:
     )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _in_this_process():
+    """Peak memory, too: a process for each takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peak, "measured_elsewhere", peak.measure)
+        yield
+
+
 @pytest.fixture(scope="module")
-def report() -> Report:
+def report(_in_this_process) -> Report:
     return run_bench(SETTINGS, [small_shape()])
 
 
@@ -181,20 +191,51 @@ def test_a_difference_of_sparse_gradients_sees_every_row(dense):
 # Memory
 
 
+needs_peaks = pytest.mark.skipif(not memory.tells_peak(CPU), reason=peak.NOT_TOLD)
+
+
+@needs_peaks
 def test_the_peak_of_a_run_is_what_it_took_and_gave_back():
     def run() -> None:
         torch.ones(64 * 2**20 // 4)
 
     run()
-    peak = memory.peak_above(run, CPU)
-    if peak is None:
-        pytest.skip("this system does not tell")
-    assert 64e6 < peak < 90e6
+    taken = memory.peak_bytes(run, CPU) - memory.held_bytes(CPU)
+    assert 64e6 < taken < 90e6
+
+
+@needs_peaks
+def test_pages_that_were_never_touched_are_not_there():
+    tensor = torch.empty(64 * 2**20, dtype=torch.uint8)
+    tensor[: 16 * 2**20] = 1
+    assert 15 * 2**20 < memory.resident_bytes([tensor]) < 24 * 2**20  # pages may be large
+    assert memory.resident_bytes([torch.ones(3)]) == 0
+
+
+@needs_peaks
+def test_the_peak_of_a_step_holds_gradients_and_neither_weights_nor_moments():
+    settings = SETTINGS.model_copy(update={"d_model": 256, "tokens": 1024})
+    tables = 2 * 64**2 * 256 * 4
+    assert not sparse_gradient(1024, 2 * 3, 64**2)
+    peaks = peak.measure(settings, 64, OURS)
+    assert len(peaks) == peak.RUNS
+    # The gradients are as large as the tables; weights and moments would be three times that.
+    assert all(tables < one < 2.9 * tables for one in peaks)
+
+
+@needs_peaks
+def test_a_process_of_its_own_measures_and_says_why_it_cannot():
+    found = ELSEWHERE(SETTINGS, 8, OURS)
+    assert len(found) == peak.RUNS
+    assert all(one >= 0 for one in found)
+    assert "code 1" in ELSEWHERE(SETTINGS, 8, "nobody")
 
 
 def test_a_system_that_does_not_tell_has_no_peak(monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "PROCESS", tmp_path / "none")
-    assert memory.peak_above(lambda: None, CPU) is None
+    found = list(peak.peak_memory(SETTINGS, 8, CPU))
+    assert found
+    assert all(one.value is None and one.missing for one in found)
 
 
 def test_the_free_memory_is_a_number_of_bytes_where_the_system_tells():

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from myriad.analysis.bench import bounds
 from myriad.analysis.bench.bounds import Phase
-from myriad.analysis.bench.report import OURS, THEIRS, Contender, Difference, Rates
+from myriad.analysis.bench.report import Contender, Difference, Rates
 from myriad.analysis.bench.settings import BenchConfig
 from myriad.analysis.bench.timing import interleaved
 from myriad.ffn.peer import PEER
@@ -71,12 +71,14 @@ def gathered_bytes(settings: BenchConfig) -> int:
     return 4 * settings.tokens * settings.heads * settings.experts_per_head * settings.d_model * 4
 
 
-def calls(ours: PEER, theirs: nn.Module | None) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Whose layer -> a function of tokens of shape (T, D)."""
-    found: dict[str, Callable[[Tensor], Tensor]] = {OURS: lambda x_TD: ours(x_TD).y}
-    if theirs is not None:
-        found = {THEIRS: lambda x_TD: theirs(x_TD.unsqueeze(0)).squeeze(0), **found}
-    return found
+def call_ours(layer: PEER) -> Callable[[Tensor], Tensor]:
+    """Our layer as a function of tokens of shape (T, D)."""
+    return lambda x_TD: layer(x_TD).y
+
+
+def call_theirs(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    """PEER-pytorch's layer as such a function."""
+    return lambda x_TD: layer(x_TD.unsqueeze(0)).squeeze(0)
 
 
 def difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Difference:

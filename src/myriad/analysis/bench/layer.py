@@ -4,13 +4,14 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from myriad import kernels
 from myriad.analysis.bench import bounds, peer_pytorch
 from myriad.analysis.bench.bounds import Batch
-from myriad.analysis.bench.case import Case, calls, difference, gathered_bytes, shape_of, table_bytes
+from myriad.analysis.bench.case import Case, call_ours, call_theirs, difference, gathered_bytes, shape_of, table_bytes
 from myriad.analysis.bench.memory import lack
+from myriad.analysis.bench.peak import peak_memory
 from myriad.analysis.bench.report import OURS, THEIRS, Contender, Measurement, Rates, What, absent, compared
 from myriad.analysis.bench.settings import BenchConfig
 from myriad.analysis.bench.step import training_step
@@ -27,6 +28,9 @@ def measure_layer(
     if why := lack(table_bytes(settings, side) + gathered_bytes(settings), device):
         yield from (absent(what, shape_of(side), "ms", OURS, why) for what in asked)
         return
+    if "layer training step" in asked:  # before this process holds tables: others need the memory
+        say(f"layer peak memory, {shape_of(side)} experts")
+        yield from peak_memory(settings, side, device)
     say(f"layer of {shape_of(side)} experts: making its weights")
     torch.manual_seed(settings.seed)
     with device:
@@ -51,11 +55,9 @@ def _asked(settings: BenchConfig, side: int) -> dict[What, Callable[[Case], Iter
 
 def forward(case: Case) -> Iterator[Measurement]:
     """The forward pass without gradients. The tables of both layers lie in the same memory."""
-    theirs = _sharing_layer(case)
-    if theirs is None:
-        yield absent("layer forward", case.shape, "ms", THEIRS, peer_pytorch.ABSENT)
-
-    by_name = calls(case.layer, theirs)
+    if why := peer_pytorch.missing():
+        yield absent("layer forward", case.shape, "ms", THEIRS, why)
+    by_name = _calls(case)
 
     @torch.no_grad()
     def run(contender: Contender) -> Tensor:
@@ -77,9 +79,8 @@ def forward(case: Case) -> Iterator[Measurement]:
 
 def decode(case: Case) -> Iterator[Measurement]:
     """One token at a time, in float32; a run takes several, with experts of their own."""
-    theirs = _sharing_layer(case)
-    if theirs is None:
-        yield absent("layer decode", case.shape, "ms", THEIRS, peer_pytorch.ABSENT)
+    if why := peer_pytorch.missing():
+        yield absent("layer decode", case.shape, "ms", THEIRS, why)
     tokens = case.x_TD[: case.settings.decoded].split(1)
 
     @torch.no_grad()
@@ -87,14 +88,16 @@ def decode(case: Case) -> Iterator[Measurement]:
         for token_1D in tokens:
             call(token_1D)
 
-    runs = {Contender(who, "float32"): partial(run, call) for who, call in calls(case.layer, theirs).items()}
+    runs = {Contender(who, "float32"): partial(run, call) for who, call in _calls(case).items()}
     distinct = sum(case.distinct(token_1D) for token_1D in tokens) / len(tokens)
     phases = bounds.forward_phases(case.layer.config, case.settings.d_model, Batch(1, distinct))
     seconds, least = case.time(runs), case.least(phases, len(tokens))
     yield from compared("layer decode", case.shape, seconds, "ms", scale=1e3 / len(tokens), bounds=least)
 
 
-def _sharing_layer(case: Case) -> nn.Module | None:
-    """PEER-pytorch's layer on our tables, where it is installed; both in eval mode."""
-    case.layer.eval()
-    return peer_pytorch.their_layer(case.layer, share=True) if peer_pytorch.installed() else None
+def _calls(case: Case) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Whose layer -> its function, in eval mode; PEER-pytorch's has our tables."""
+    ours = call_ours(case.layer.eval())
+    if not peer_pytorch.installed():
+        return {OURS: ours}
+    return {THEIRS: call_theirs(peer_pytorch.their_layer(case.layer, share=True)), OURS: ours}

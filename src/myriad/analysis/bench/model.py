@@ -147,7 +147,7 @@ def measure_model(
     if why := lack(mine, device):
         yield absent("model training", shape.name, "tokens/s", OURS, why)
         return
-    why = (None if peer_pytorch.installed() else peer_pytorch.ABSENT) or lack(theirs, device)
+    why = peer_pytorch.missing() or lack(theirs, device)
     if why is not None:
         yield absent("model training", shape.name, "tokens/s", THEIRS, why)
     groups = [[OURS]] if why is not None else [[THEIRS, OURS]]

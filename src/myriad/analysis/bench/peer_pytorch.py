@@ -41,6 +41,11 @@ def installed() -> bool:
     return find_spec(MODULE) is not None
 
 
+def missing() -> str | None:
+    """What to say where it is not there."""
+    return None if installed() else ABSENT
+
+
 def their_layer(layer: PEER, *, share: bool = False) -> nn.Module:
     """Their layer with our weights, for inputs of shape (B, S, D).
 

@@ -1,4 +1,4 @@
-"""A layer's training step: forward, backward and update; and the memory that it takes at its peak.
+"""A layer's training step: forward, backward and update.
 
 The tokens are always the same, so that after the warm-up all of their moments are there. Ours in both precisions is
 one layer. PEER-pytorch's has tables of its own and `torch.optim.Adam`, as its users train it.
@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from myriad import kernels
 from myriad.analysis.bench import bounds, peer_pytorch
 from myriad.analysis.bench.bounds import Batch
-from myriad.analysis.bench.case import Case, calls, difference, gathered_bytes, table_bytes
-from myriad.analysis.bench.memory import lack, peak_above
+from myriad.analysis.bench.case import Case, call_ours, call_theirs, difference, gathered_bytes, table_bytes
+from myriad.analysis.bench.memory import lack
 from myriad.analysis.bench.report import BASE, OURS, THEIRS, Contender, Difference, Measurement, absent, compared
+from myriad.analysis.bench.settings import BenchConfig
+from myriad.ffn.peer import PEER
 from myriad.kernels.table_gradient import sparse_gradient
 from myriad.train.optim import build_optimizer
 from myriad.train.precision import autocast
 
 LEARNING_RATE = 1e-4
-MEMORY_RUNS = 3
-NO_PEAK = "this system does not tell the peak of a part of a run"
 
 
 class Trained(NamedTuple):
@@ -34,13 +34,24 @@ class Trained(NamedTuple):
     optimizer: torch.optim.Optimizer
 
 
+def our_training(layer: PEER) -> Trained:
+    """Ours, with lazy Adam for the tables."""
+    return Trained(layer.train(), call_ours(layer), build_optimizer(layer, lr=LEARNING_RATE))
+
+
+def their_training(layer: PEER, *, share: bool = False) -> Trained:
+    """PEER-pytorch's layer with the weights of ours, and dense Adam."""
+    theirs = peer_pytorch.their_layer(layer.train(), share=share)
+    return Trained(theirs, call_theirs(theirs), torch.optim.Adam(theirs.parameters(), lr=LEARNING_RATE))
+
+
 class Step:
     """The training step of each contender on the same input and the same gradient of the output."""
 
-    def __init__(self, case: Case, trained: dict[str, Trained]) -> None:
-        self.case, self.trained = case, trained
-        self.x_TD = case.x_TD.clone().requires_grad_()
-        self.grad_TD = torch.randn_like(case.x_TD)
+    def __init__(self, trained: dict[str, Trained], x_TD: Tensor) -> None:
+        self.trained = trained
+        self.x_TD = x_TD.clone().requires_grad_()
+        self.grad_TD = torch.randn_like(x_TD)
 
     def __call__(self, contender: Contender) -> None:
         self._backward(contender)
@@ -50,17 +61,15 @@ class Step:
         self.x_TD.grad = None
 
     def _backward(self, contender: Contender) -> None:
-        with autocast(contender.precision, self.case.device):
+        with autocast(contender.precision, self.x_TD.device):
             y_TD = self.trained[contender.who].call(self.x_TD)
         y_TD.backward(self.grad_TD)
 
     def gradients(self, contender: Contender) -> dict[str, Tensor]:
-        """Of the input and of every parameter, in PEER-pytorch's layout."""
+        """Of every parameter and of the input, `x`; without an update."""
         self._backward(contender)
         module = self.trained[contender.who].module
         found = {name: weight.grad for name, weight in module.named_parameters() if weight.grad is not None}
-        if contender.who == OURS:
-            found = peer_pytorch.in_their_layout(self.case.layer.config, found)
         assert self.x_TD.grad is not None
         found["x"] = self.x_TD.grad
         module.zero_grad()
@@ -69,75 +78,48 @@ class Step:
 
 
 def training_step(case: Case) -> Iterator[Measurement]:
-    """Time and peak memory of the step."""
-    if why := lack(_our_bytes(case), case.device):
-        yield from _absent(case, OURS, why)
+    """Those that the memory holds together take turns."""
+    what, settings = "layer training step", case.settings
+    mine, theirs = our_bytes(settings, case.side), their_bytes(settings, case.side)
+    if why := lack(mine, case.device):
+        yield absent(what, case.shape, "ms", OURS, why)
         return
-    why = None if peer_pytorch.installed() else peer_pytorch.ABSENT
-    if why := why or lack(_our_bytes(case) + _their_bytes(case), case.device):
-        yield from _absent(case, THEIRS, why)
-    step = Step(case, _trained(case, with_theirs=why is None))
-    contenders = [BASE] if why is None else []
+    trained = {OURS: our_training(case.layer)}
+    if why := peer_pytorch.missing() or lack(mine + theirs, case.device):
+        yield absent(what, case.shape, "ms", THEIRS, why)
+    else:
+        trained[THEIRS] = their_training(case.layer)
+    contenders = [BASE] if THEIRS in trained else []
     contenders += [Contender(OURS, precision) for precision in case.precisions]
-    yield from _time(step, contenders)
-    yield from _peak_memory(step, contenders)
+    step = Step(trained, case.x_TD)
+    differences = _differences(step, contenders, case.layer)
+    batch = Batch(len(case.x_TD), case.distinct(case.x_TD))
+    least = case.least(bounds.step_phases(case.layer.config, settings.d_model, batch))
+    seconds = case.time({contender: partial(step, contender) for contender in contenders})
+    yield from compared(what, case.shape, seconds, "ms", scale=1e3, differences=differences, bounds=least)
 
 
-def _our_bytes(case: Case) -> int:
+def _differences(step: Step, contenders: list[Contender], layer: PEER) -> dict[Contender, Difference]:
+    """Of the gradients, before any update."""
+
+    def gradients(contender: Contender) -> dict[str, Tensor]:
+        found = step.gradients(contender)
+        if contender.who == THEIRS:
+            return found
+        return {"x": found.pop("x"), **peer_pytorch.in_their_layout(layer.config, found)}
+
+    with kernels.use("reference"):
+        expected = gradients(Contender(OURS, "float32"))
+    return {contender: difference(gradients(contender), expected) for contender in contenders}
+
+
+def our_bytes(settings: BenchConfig, side: int) -> int:
     """What our step needs beside the weights: moments, gradients that may be dense, and what a forward pass holds."""
-    config = case.layer.config
-    sparse = sparse_gradient(len(case.x_TD), config.heads * config.experts_per_head, config.experts)
-    return (2 if sparse else 3) * table_bytes(case.settings, case.side) + gathered_bytes(case.settings)
+    sparse = sparse_gradient(settings.tokens, settings.heads * settings.experts_per_head, side**2)
+    return (2 if sparse else 3) * table_bytes(settings, side) + gathered_bytes(settings)
 
 
-def _their_bytes(case: Case) -> int:
+def their_bytes(settings: BenchConfig, side: int) -> int:
     """What theirs needs: weights, dense gradients, moments and temporaries of Adam's; gathered rows and their
     gradients."""
-    return 5 * table_bytes(case.settings, case.side) + 2 * gathered_bytes(case.settings)
-
-
-def _trained(case: Case, with_theirs: bool) -> dict[str, Trained]:
-    case.layer.train()
-    theirs = peer_pytorch.their_layer(case.layer) if with_theirs else None
-    by_name = calls(case.layer, theirs)
-    optimizer = build_optimizer(case.layer, lr=LEARNING_RATE)
-    trained = {OURS: Trained(case.layer, by_name[OURS], optimizer)}
-    if theirs is not None:
-        adam = torch.optim.Adam(theirs.parameters(), lr=LEARNING_RATE)
-        trained[THEIRS] = Trained(theirs, by_name[THEIRS], adam)
-    return trained
-
-
-def _differences(step: Step, contenders: list[Contender]) -> dict[Contender, Difference]:
-    """Of the gradients, before any update."""
-    with kernels.use("reference"):
-        expected = step.gradients(Contender(OURS, "float32"))
-    return {contender: difference(step.gradients(contender), expected) for contender in contenders}
-
-
-def _time(step: Step, contenders: list[Contender]) -> Iterator[Measurement]:
-    case = step.case
-    differences = _differences(step, contenders)
-    batch = Batch(len(case.x_TD), case.distinct(case.x_TD))
-    least = case.least(bounds.step_phases(case.layer.config, case.settings.d_model, batch))
-    seconds = case.time({contender: partial(step, contender) for contender in contenders})
-    yield from compared(
-        "layer training step", case.shape, seconds, "ms", scale=1e3, differences=differences, bounds=least
-    )
-
-
-def _peak_memory(step: Step, contenders: list[Contender]) -> Iterator[Measurement]:
-    """The peak above what lies there between two steps: weights, moments and input."""
-    taken: dict[Contender, list[float]] = {}
-    for contender in contenders:
-        peaks = [peak_above(partial(step, contender), step.case.device) for _ in range(MEMORY_RUNS)]
-        taken[contender] = [peak for peak in peaks if peak is not None]
-    if not all(taken.values()):
-        yield absent("layer peak memory", step.case.shape, "MB", OURS, NO_PEAK)
-        return
-    yield from compared("layer peak memory", step.case.shape, taken, "MB", scale=1e-6)
-
-
-def _absent(case: Case, who: str, why: str) -> Iterator[Measurement]:
-    yield absent("layer training step", case.shape, "ms", who, why)
-    yield absent("layer peak memory", case.shape, "MB", who, why)
+    return 5 * table_bytes(settings, side) + 2 * gathered_bytes(settings)
