@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from myriad.cli import config, data, demo, evaluate, generate, presets, train
+from myriad.cli import bench, config, data, demo, evaluate, generate, presets, train
 
 app = typer.Typer(
     help="Language models whose feed-forward layers are mixtures of experts.",
@@ -17,6 +17,7 @@ app.command(name="train")(train.train)
 app.command(name="eval")(evaluate.evaluate)
 app.command(name="generate")(generate.generate)
 app.command(name="demo")(demo.demo)
+app.command(name="bench")(bench.bench)
 app.command(name="presets")(presets.presets)
 app.add_typer(data.app, name="data")
 app.add_typer(config.app, name="config")
