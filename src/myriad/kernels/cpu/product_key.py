@@ -66,29 +66,29 @@ def _forward(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     rough_queries = queries_HTPQ.bfloat16() if screens else queries_HTPQ
     rough_keys = keys_HPSQ.bfloat16() if screens else keys_HPSQ
     pairs_2M = _pairs(k, side)
+    norms_HP2 = _norms(keys_HPSQ.numpy(), array(rough_keys)) if screens else np.zeros((heads, 2, 2), np.float32)
     # An odd number of groups: rows a power of two apart would share a few lines of the cache.
-    step = ((SCORES_PER_BLOCK // (2 * side * LANES) - 1) | 1) * LANES
+    step = ((SCORES_PER_BLOCK // (2 * heads * side * LANES) - 1) | 1) * LANES
     # Custom ops run under the caller's autocast, which would round the float32 products.
     with torch.autocast("cpu", enabled=False):
-        for head in range(heads):
-            norms_P2 = _norms(keys_HPSQ[head].numpy(), array(rough_keys[head])) if screens else np.zeros((2, 2), "f4")
-            for start in range(0, tokens, step):
-                block = slice(start, min(start + step, tokens))
-                scores_PSB = new_tensor((2, side, block.stop - start), rough_keys.dtype)
-                torch.matmul(rough_keys[head], rough_queries[head, block].permute(1, 2, 0), out=scores_PSB)
-                in_parallel(
-                    _retrieve,
-                    block.stop - start,
-                    array(scores_PSB),
-                    array(rough_queries[head, block]),
-                    queries_HTPQ[head, block].numpy(),
-                    keys_HPSQ[head].numpy(),
-                    norms_P2,
-                    pairs_2M,
-                    scores_HTK[head, block].numpy(),
-                    ids_HTK[head, block].numpy(),
-                    grain=LANES,
-                )
+        for start in range(0, tokens, step):
+            block = rough_queries[:, start : start + step].permute(0, 2, 3, 1)
+            scores_HPSB = new_tensor((heads, 2, side, block.shape[3]), rough_keys.dtype)
+            torch.matmul(rough_keys, block, out=scores_HPSB)
+            in_parallel(
+                _retrieve,
+                heads * -(-block.shape[3] // LANES),
+                start,
+                array(scores_HPSB),
+                array(rough_queries),
+                queries_HTPQ.numpy(),
+                keys_HPSQ.numpy(),
+                norms_HP2,
+                pairs_2M,
+                scores_HTK.numpy(),
+                ids_HTK.numpy(),
+                grain=1,
+            )
     dtype = torch.promote_types(queries.dtype, keys.dtype)
     return scores_HTK.transpose(0, 1).to(dtype).contiguous(), ids_HTK.transpose(0, 1).contiguous()
 
@@ -100,15 +100,16 @@ def _pairs(k: int, side: int) -> np.ndarray:
 
 
 @compiled
-def _norms(exact_PSQ: Any, rough_PSQ: Any) -> Any:
-    """For each half the largest norm of a sub-key, and of what its rounding changed; shape (2, 2)."""
-    largest = np.zeros((2, 2), np.float32)
-    for half in range(2):
-        for key in range(exact_PSQ.shape[1]):
-            norm, error = _norm_and_error(exact_PSQ[half, key], rough_PSQ[half, key])
-            for place, value in enumerate((norm, error)):
-                if not value <= largest[half, place]:  # NaN too
-                    largest[half, place] = value
+def _norms(exact_HPSQ: Any, rough_HPSQ: Any) -> Any:
+    """For each head and half the largest norm of a sub-key, and of what its rounding changed; shape (H, 2, 2)."""
+    largest = np.zeros((len(exact_HPSQ), 2, 2), np.float32)
+    for head in range(len(exact_HPSQ)):
+        for half in range(2):
+            for key in range(exact_HPSQ.shape[2]):
+                found = _norm_and_error(exact_HPSQ[head, half, key], rough_HPSQ[head, half, key])
+                for place in range(2):
+                    if not found[place] <= largest[head, half, place]:  # NaN too
+                        largest[head, half, place] = found[place]
     return largest
 
 
@@ -126,19 +127,21 @@ def _norm_and_error(exact: Any, rough: Any) -> Any:
 def _retrieve(
     start: int,
     stop: int,
-    rough_PSB: Any,
-    rough_queries_BPQ: Any,
-    queries_BPQ: Any,
-    keys_PSQ: Any,
-    norms_P2: Any,
+    offset: int,
+    rough_HPSB: Any,
+    rough_queries_HTPQ: Any,
+    queries_HTPQ: Any,
+    keys_HPSQ: Any,
+    norms_HP2: Any,
     pairs_2M: Any,
-    scores_BK: Any,
-    ids_BK: Any,
+    scores_HTK: Any,
+    ids_HTK: Any,
 ) -> None:
-    side, k = keys_PSQ.shape[1], scores_BK.shape[1]
+    """Groups of tokens of one head each, of a block that begins at token `offset`."""
+    side, k, block = keys_HPSQ.shape[2], scores_HTK.shape[2], rough_HPSB.shape[3]
     kept = min(k, side)
     size = max(1, side // (GROUPS_PER_WINNER * kept))
-    ordered_SL = np.empty((side, LANES), _integers(rough_PSB))
+    ordered_SL = np.empty((side, LANES), _integers(rough_HPSB))
     maxima_GL = np.empty((-(-side // size), LANES), ordered_SL.dtype)
     largest_KL = np.empty((kept, LANES), ordered_SL.dtype)
     least_L = np.empty(LANES, ordered_SL.dtype)
@@ -148,22 +151,26 @@ def _retrieve(
     sub_keys_PKL = np.empty((2, kept, LANES), np.int32)
     sums_KL = np.empty((k, LANES), np.float32)
     places_KL = np.empty((k, LANES), np.int32)
-    for first in range(start, stop, LANES):
-        lanes = min(LANES, stop - first)
+    groups = -(-block // LANES)
+    for unit in range(start, stop):
+        head, first = unit // groups, unit % groups * LANES
+        lanes = min(LANES, block - first)
+        token = offset + first
+        queries_LPQ = queries_HTPQ[head, token : token + lanes]
+        rough_queries_LPQ = rough_queries_HTPQ[head, token : token + lanes]
         for half in range(2):
-            _order(rough_PSB[half], first, lanes, size, ordered_SL, maxima_GL)
+            _order(rough_HPSB[head, half], first, lanes, size, ordered_SL, maxima_GL)
             _largest(maxima_GL, largest_KL)
             least_L[:] = -1 - _lowest(least_L)  # beyond all
             for lane in range(lanes):
-                row = first + lane
-                slack = _slack(queries_BPQ[row, half], rough_queries_BPQ[row, half], norms_P2[half])
-                least_L[lane] = _least(rough_PSB, from_ordered(largest_KL[kept - 1, lane]), slack)
+                slack = _slack(queries_LPQ[lane, half], rough_queries_LPQ[lane, half], norms_HP2[head, half])
+                least_L[lane] = _least(rough_HPSB, from_ordered(largest_KL[kept - 1, lane]), slack)
             count = _choose(ordered_SL, least_L, candidates_SL, scores_SL)
-            _score(candidates_SL[:count], queries_BPQ[first : first + lanes], half, keys_PSQ[half], scores_SL)
-            _clear(winners_PKL[half])
+            _score(candidates_SL[:count], queries_LPQ, half, keys_HPSQ[head, half], scores_SL)
+            _clear(winners_PKL[half], sub_keys_PKL[half])
             for number in range(count):
                 _insert(scores_SL[number], candidates_SL[number], 0, winners_PKL[half], sub_keys_PKL[half])
-        _clear(sums_KL)
+        _clear(sums_KL, places_KL)
         for number in range(pairs_2M.shape[1]):
             one, other = pairs_2M[0, number], pairs_2M[1, number]
             for lane in range(LANES):
@@ -174,9 +181,9 @@ def _retrieve(
         for lane in range(lanes):
             for place in range(k):
                 pair = places_KL[place, lane]
-                scores_BK[first + lane, place] = sums_KL[place, lane]
+                scores_HTK[head, token + lane, place] = sums_KL[place, lane]
                 sub_key = np.int64(sub_keys_PKL[0, pairs_2M[0, pair], lane])
-                ids_BK[first + lane, place] = sub_key * side + sub_keys_PKL[1, pairs_2M[1, pair], lane]
+                ids_HTK[head, token + lane, place] = sub_key * side + sub_keys_PKL[1, pairs_2M[1, pair], lane]
 
 
 @inlined
@@ -303,8 +310,10 @@ def _score(candidates_ML: Any, queries_LPQ: Any, half: int, keys_SQ: Any, scores
 
 
 @inlined
-def _clear(scores_KL: Any) -> None:
-    scores_KL[:] = -np.inf
+def _clear(scores_KL: Any, numbers_KL: Any) -> None:
+    """Nothing found yet; the numbers are valid ones, for scores that are below all."""
+    for place in range(len(scores_KL)):
+        scores_KL[place], numbers_KL[place] = -np.inf, place
 
 
 @inlined
