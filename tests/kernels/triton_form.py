@@ -1,11 +1,16 @@
-"""The Triton form for tests: compiled where there is a GPU, else in Triton's interpreter on the CPU."""
+"""The Triton form for tests: compiled where there is a GPU, else in Triton's interpreter on the CPU.
+
+A test file takes it by `form = triton_form.form`.
+"""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from myriad.kernels import registry
 
@@ -16,25 +21,40 @@ PACKAGE = "myriad.kernels.triton"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def triton_form() -> Iterator[None]:
-    """Import the form anew, interpreted where there is no GPU; afterwards the registry is what it was."""
-    if DEVICE == "cuda":
-        yield
-        return
+def form() -> Iterator[None]:
+    """Import the form anew, interpreted where there is no GPU; afterwards all is as it was."""
     with pytest.MonkeyPatch.context() as patch:
-        interpret_kernels(patch)
-        patch.setattr(registry, "_implementations", {op: dict(f) for op, f in registry._implementations.items()})
+        if DEVICE == "cpu":
+            interpret_kernels(patch)
+        with fresh_package(patch):
+            # Few programs with large blocks: the interpreter is slow for each.
+            patch.setattr(module("launch"), "PROGRAMS", 1)
+            yield
+
+
+class fresh_package:
+    """The package imported anew, and registered, inside a `with` block."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        forms = {op: dict(forms) for op, forms in registry._implementations.items()}
+        patch.setattr(registry, "_implementations", forms)
         patch.setattr(registry, "_loaded", registry._loaded | {"triton"})
-        for name in [name for name in sys.modules if name.startswith(PACKAGE)]:
-            patch.delitem(sys.modules, name)
+        self.before: dict[str, Any] = {}
+
+    def __enter__(self) -> None:
+        self.before = self._take_out()
         import_module(PACKAGE)
-        yield
-        for name in [name for name in sys.modules if name.startswith(PACKAGE)]:
-            del sys.modules[name]
+
+    def __exit__(self, *_: object) -> None:
+        self._take_out()
+        sys.modules.update(self.before)
+
+    def _take_out(self) -> dict[str, Any]:
+        return {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith(PACKAGE)}
 
 
 def interpret_kernels(patch: pytest.MonkeyPatch) -> None:
-    """Have Triton interpret kernels that are defined from now on, and what its own library defined before.
+    """Have Triton interpret kernels that are defined from now on, and its own functions, defined before.
 
     Triton settles whether a function is compiled or interpreted when it is defined, and another test may have
     imported Triton already.
@@ -43,16 +63,32 @@ def interpret_kernels(patch: pytest.MonkeyPatch) -> None:
     from triton.runtime.jit import JITFunction
 
     patch.setattr(triton.knobs.runtime, "interpret", True)
-    for module in (triton.language, triton.language.standard):
-        for name, member in list(vars(module).items()):
+    for library in (triton.language, triton.language.standard):
+        for name, member in list(vars(library).items()):
             if isinstance(member, JITFunction):
-                patch.setattr(module, name, InterpretedFunction(member.fn))
+                patch.setattr(library, name, InterpretedFunction(member.fn))
 
 
-def compiled_beside(function, *arguments, **options):
-    """The function's results by the Triton form and by the reference."""
-    results = []
-    for name in ("triton", "reference"):
-        with registry.use(name):
-            results.append(function(*arguments, **options))
-    return results
+def module(name: str) -> Any:
+    """One of the form's modules."""
+    return import_module(f"{PACKAGE}.{name}")
+
+
+def by_both(function: Callable[[], Any]) -> tuple[Any, Any]:
+    """What a function returns with the Triton form, and with the reference."""
+    with registry.use("triton"):
+        mine = function()
+    with registry.use("reference"):
+        return mine, function()
+
+
+def assert_near(mine: Tensor, expected: Tensor, share: float) -> None:
+    """Two tensors of one dtype, shape and layout, apart by no more than a share of their norm."""
+    assert (mine.dtype, mine.shape, mine.layout) == (expected.dtype, expected.shape, expected.layout)
+    mine, expected = mine.to_dense().double(), expected.to_dense().double()
+    assert (mine - expected).norm() <= share * expected.norm() + 1e-12
+
+
+def digits(dtype: torch.dtype) -> float:
+    """How far apart sums of one dtype may lie that are taken in two orders."""
+    return 1e-2 if dtype == torch.bfloat16 else 2e-6

@@ -35,8 +35,7 @@ def forward(queries_THPQ: Tensor, keys_HPSQ: Tensor, k: int) -> tuple[Tensor, Te
     if k > MOST_WINNERS or side > MOST_SUB_KEYS:
         return _reference_forward(queries_THPQ, keys_HPSQ, k)
     queries, keys = queries_THPQ.contiguous(), keys_HPSQ.contiguous()
-    dtype = torch.promote_types(queries.dtype, keys.dtype)
-    scores_THK = torch.empty(tokens, heads, k, dtype=dtype, device=queries.device)
+    scores_THK = torch.empty(tokens, heads, k, dtype=torch.float32, device=queries.device)
     ids_THK = torch.empty(tokens, heads, k, dtype=torch.int64, device=queries.device)
     pairs = [ranks.to(torch.int32) for ranks in _candidates(k, side, queries.device)]
     step = max(1, SCORES_PER_BLOCK // (heads * 2 * side))
@@ -45,7 +44,7 @@ def forward(queries_THPQ: Tensor, keys_HPSQ: Tensor, k: int) -> tuple[Tensor, Te
         halves = _sub_key_scores(queries[block], keys)
         best, columns = _top(halves.view(-1, side), min(k, side))
         _top_pairs(best, columns, pairs, side, scores_THK[block], ids_THK[block])
-    return scores_THK, ids_THK
+    return scores_THK.to(torch.promote_types(queries.dtype, keys.dtype)), ids_THK
 
 
 def backward(grad_THK: Tensor, ids_THK: Tensor, queries_THPQ: Tensor, keys_HPSQ: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,9 +99,10 @@ def _top(scores_RS: Tensor, k: int) -> tuple[Tensor, Tensor]:
     best = torch.empty(rows, k, dtype=torch.float32, device=scores_RS.device)
     columns = torch.empty(rows, k, dtype=torch.int32, device=scores_RS.device)
     padded = triton.next_power_of_2(width)
-    block = max(1, TILE // padded)
+    block = max(1, TILE // 4 // padded)
     sizes = {"S": width, "K": k, "BLOCK_R": block, "BLOCK_S": padded}
-    launch(_top_rows, (triton.cdiv(rows, block),), scores_RS, best, columns, rows, **sizes, num_warps=4)
+    # One warp: several would share rows, and wait for each other at every maximum.
+    launch(_top_rows, (triton.cdiv(rows, block),), scores_RS, best, columns, rows, **sizes, num_warps=1)
     return best, columns
 
 
@@ -234,7 +234,7 @@ def _top_sums(
     ranks = tl.where(inside, _rank(sums), LOWEST)
     for winner in range(K):
         rank, place, ranks = _take_best(ranks, candidate[None, :])
-        tl.store(scores + row * K + winner, _number(rank).to(scores.dtype.element_ty), mask=exists)
+        tl.store(scores + row * K + winner, _number(rank), mask=exists)
         left_column = tl.load(columns + 2 * row * HALF_K + tl.load(firsts + place, mask=exists, other=0), mask=exists)
         right_column = tl.load(
             columns + (2 * row + 1) * HALF_K + tl.load(seconds + place, mask=exists, other=0), mask=exists
