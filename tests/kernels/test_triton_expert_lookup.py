@@ -8,7 +8,7 @@ import triton_form
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from triton_form import DEVICE, assert_near, by_both, digits
+from triton_form import assert_near, by_both, digits
 
 from myriad.kernels import choices, expert_lookup, registry, use
 
@@ -33,12 +33,12 @@ def problem(
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-        return (scale * torch.randn(shape, generator=generator)).to(DEVICE, dtype).requires_grad_()
+        return (scale * torch.randn(shape, generator=generator)).to(dtype).requires_grad_()
 
     tables = [normal(experts, width, dtype=dtype, scale=width**-0.5) for _ in range(3)]
     return Problem(
         normal(tokens, width, dtype=x_dtype),
-        torch.randint(experts, (tokens, active), generator=generator).to(DEVICE),
+        torch.randint(experts, (tokens, active), generator=generator),
         normal(tokens, active, dtype=torch.float32),
         tables[0],
         tables[1],
@@ -99,7 +99,7 @@ def test_an_expert_of_many_tokens_is_summed_in_pieces(share, sparse, monkeypatch
     monkeypatch.setattr(triton_form.module("segments"), "CHUNK", 8)
     case = problem(tokens=24, active=8, experts=30, width=5)
     hot = torch.rand(case.ids.shape, generator=torch.Generator().manual_seed(2)) < share
-    assert_equals_reference(case._replace(ids=case.ids.masked_fill(hot.to(DEVICE), 7)), sparse=sparse)
+    assert_equals_reference(case._replace(ids=case.ids.masked_fill(hot, 7)), sparse=sparse)
 
 
 @pytest.mark.parametrize("chunk", [2, 4, 64])
@@ -155,7 +155,6 @@ def test_a_nan_is_not_hidden():
             assert y.isnan().any(dim=1).tolist() == [False, False, True, False, False]
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="auto takes Triton there")
 def test_auto_never_interprets(monkeypatch):
     monkeypatch.setattr(registry, "FORMS", {"triton": registry.FORMS["triton"]})
     assert set(choices("cpu").values()) == {"reference (no faster form for cpu)"}

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
-from triton_form import DEVICE, assert_near, by_both, digits
+from triton_form import assert_near, by_both, digits
 
 from myriad.kernels import product_key, use
 
@@ -22,7 +22,7 @@ def problem(
     keys = (2, side, width) if shared else (heads, 2, side, width)
 
     def normal(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+        return torch.randn(shape, generator=generator).to(dtype)
 
     return normal(tokens, heads, 2, width, dtype=dtype), normal(*keys, dtype=keys_dtype or dtype)
 
@@ -129,7 +129,7 @@ def test_narrow_dtypes_are_ranked_in_float32_and_gradients_keep_their_own(dtypes
     assert (grad_queries.dtype, grad_keys.dtype) == dtypes
     exact = [tensor.detach().double().requires_grad_() for tensor in (queries, keys)]
     found = all_sums(*exact).gather(-1, ids)
-    upstream = torch.randn(found.shape, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    upstream = torch.randn(found.shape, generator=torch.Generator().manual_seed(2))
     if narrow:
         upstream = upstream.bfloat16()
     for mine, expected in zip((grad_queries, grad_keys), torch.autograd.grad(found, exact, upstream), strict=True):
@@ -137,7 +137,7 @@ def test_narrow_dtypes_are_ranked_in_float32_and_gradients_keep_their_own(dtypes
 
 
 def test_numbers_that_are_not_finite_are_ranked_as_topk_ranks_them():
-    scores = torch.tensor([[1.0, float("inf"), float("nan"), -float("inf"), -0.5, 0.0]], device=DEVICE)
+    scores = torch.tensor([[1.0, float("inf"), float("nan"), -float("inf"), -0.5, 0.0]])
     best, columns = triton_form.module("product_key")._top(scores, 6)
     assert columns.tolist() == [[2, 1, 0, 5, 4, 3]]
     assert_close(best, scores.topk(6).values, equal_nan=True)
@@ -155,7 +155,7 @@ def test_ids_stay_inside_the_table_when_no_score_is_a_number():
 def test_autocast_does_not_round_the_scores():
     queries, keys = problem(tokens=9, side=16)
     with use("triton"):
-        with torch.autocast(DEVICE, torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16):
             inside = product_key(queries, keys, 4)
         assert all(map(torch.equal, inside, product_key(queries, keys, 4)))
 

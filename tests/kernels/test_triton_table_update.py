@@ -5,7 +5,7 @@ import torch
 import triton_form
 from torch import Tensor
 from torch.testing import assert_close
-from triton_form import DEVICE, by_both
+from triton_form import by_both
 
 from myriad.kernels import lazy_adam, new_moments, use
 
@@ -17,16 +17,16 @@ layouts = pytest.mark.parametrize("layout", [torch.strided, torch.sparse_coo])
 
 def gradient(width: int, dtype: torch.dtype, layout: torch.layout, seed: int) -> Tensor:
     """Half of the rows are zero; a sparse gradient stores one of these."""
-    grad = torch.randn(ROWS, width, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+    grad = torch.randn(ROWS, width, generator=torch.Generator().manual_seed(seed)).to(dtype)
     grad[seed % 2 :: 2] = 0
     if layout == torch.strided:
         return grad
-    ids = torch.cat([grad.any(dim=1).nonzero().squeeze(1), torch.tensor([seed % 2], device=DEVICE)]).sort().values
+    ids = torch.cat([grad.any(dim=1).nonzero().squeeze(1), torch.tensor([seed % 2])]).sort().values
     return torch.sparse_coo_tensor(ids.unsqueeze(0), grad[ids], grad.shape, is_coalesced=True, check_invariants=False)
 
 
 def after(steps: int, width: int, dtype: torch.dtype, layout: torch.layout, betas=(0.8, 0.95)) -> tuple[Tensor, ...]:
-    table = torch.randn(ROWS, width, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    table = torch.randn(ROWS, width, generator=torch.Generator().manual_seed(0)).to(dtype)
     moments = new_moments(table)
     for step in range(1, steps + 1):
         lazy_adam(table, *moments, gradient(width, dtype, layout, step), **OPTIONS, betas=betas, step=step)
@@ -78,7 +78,7 @@ def test_rows_of_zeros_stay_untouched_bit_for_bit(dtype, layout):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_state_that_is_not_contiguous_is_updated_in_place(dtype):
     def strided() -> list[Tensor]:
-        table = torch.randn(5, ROWS, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype).T
+        table = torch.randn(5, ROWS, generator=torch.Generator().manual_seed(0)).to(dtype).T
         state = [table, *(moment.T.contiguous().T if moment.ndim == 2 else moment for moment in new_moments(table))]
         lazy_adam(*state, gradient(5, dtype, torch.strided, 1), **OPTIONS, betas=(0.8, 0.95), step=1)
         return state
@@ -90,7 +90,7 @@ def test_state_that_is_not_contiguous_is_updated_in_place(dtype):
 
 def test_numbers_that_are_not_finite_stay_what_they_are():
     def moved() -> Tensor:
-        table = torch.tensor([[float("inf"), -float("inf"), float("nan"), 1.0]], device=DEVICE).bfloat16()
+        table = torch.tensor([[float("inf"), -float("inf"), float("nan"), 1.0]]).bfloat16()
         lazy_adam(table, *new_moments(table), torch.ones_like(table), **OPTIONS, betas=(0.8, 0.95), step=1)
         return table
 

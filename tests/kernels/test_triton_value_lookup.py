@@ -6,7 +6,7 @@ import triton_form
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from triton_form import DEVICE, assert_near, by_both, digits
+from triton_form import assert_near, by_both, digits
 
 from myriad.kernels import use, value_lookup
 
@@ -19,9 +19,9 @@ def problem(
     tokens=5, active=6, rows=9, width=3, dtype=torch.float32, weights_dtype=torch.float32, seed=0
 ) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(rows, (tokens, active), generator=generator).to(DEVICE)
-    weights = torch.randn(tokens, active, generator=generator).to(DEVICE, weights_dtype).requires_grad_()
-    return ids, weights, torch.randn(rows, width, generator=generator).to(DEVICE, dtype).requires_grad_()
+    ids = torch.randint(rows, (tokens, active), generator=generator)
+    weights = torch.randn(tokens, active, generator=generator).to(weights_dtype).requires_grad_()
+    return ids, weights, torch.randn(rows, width, generator=generator).to(dtype).requires_grad_()
 
 
 def value_and_gradients(case: tuple[Tensor, Tensor, Tensor], sparse: bool) -> list[Tensor]:

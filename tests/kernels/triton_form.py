@@ -1,10 +1,11 @@
-"""The Triton form for tests: compiled where there is a GPU, else in Triton's interpreter on the CPU.
+"""The Triton form for tests, in Triton's interpreter on the CPU: a test file takes it by `form = triton_form.form`.
 
-A test file takes it by `form = triton_form.form`.
+Kernels as they run on a GPU are in `test_triton_gpu.py`, and `test_triton_compiles.py` compiles them without one.
 """
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -16,16 +17,14 @@ from myriad.kernels import registry
 
 triton = pytest.importorskip("triton")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PACKAGE = "myriad.kernels.triton"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def form() -> Iterator[None]:
-    """Import the form anew, interpreted where there is no GPU; afterwards all is as it was."""
-    with pytest.MonkeyPatch.context() as patch:
-        if DEVICE == "cpu":
-            interpret_kernels(patch)
+    """Import the form anew, interpreted; afterwards all is as it was."""
+    with pytest.MonkeyPatch.context() as patch, language_kept():
+        interpret_kernels(patch)
         with fresh_package(patch):
             # Few programs with large blocks: the interpreter is slow for each.
             patch.setattr(module("launch"), "PROGRAMS", 1)
@@ -59,14 +58,37 @@ def interpret_kernels(patch: pytest.MonkeyPatch) -> None:
     Triton settles whether a function is compiled or interpreted when it is defined, and another test may have
     imported Triton already.
     """
-    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime import interpreter
     from triton.runtime.jit import JITFunction
 
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_and_index(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())  # Triton 3.6's fails on NumPy 2.4
+
+    patch.setattr(interpreter, "_patch_lang_tensor", patch_tensor_and_index)
     patch.setattr(triton.knobs.runtime, "interpret", True)
     for library in (triton.language, triton.language.standard):
         for name, member in list(vars(library).items()):
             if isinstance(member, JITFunction):
-                patch.setattr(library, name, InterpretedFunction(member.fn))
+                patch.setattr(library, name, interpreter.InterpretedFunction(member.fn))
+
+
+@contextmanager
+def language_kept() -> Iterator[None]:
+    """Undo what the interpreter does to Triton's language, and leaves behind: nothing would compile afterwards."""
+    language = triton.language
+    core = language.core
+    spaces = [language, core, language.math, core.tensor, core.dtype, core.tensor_descriptor_base]
+    before = [dict(vars(space)) for space in spaces]
+    yield
+    for space, members in zip(spaces, before, strict=True):
+        for name, member in list(vars(space).items()):
+            if name not in members:
+                delattr(space, name)
+            elif member is not members[name]:
+                setattr(space, name, members[name])
 
 
 def module(name: str) -> Any:
