@@ -10,6 +10,8 @@ told from its equals by its place.
 Legend: `T` tokens, `H` heads, `P` = 2 halves, `K` retrieved, `S` = side, `Q` width of a half, `C` candidate pairs.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -37,7 +39,7 @@ def forward(queries_THPQ: Tensor, keys_HPSQ: Tensor, k: int) -> tuple[Tensor, Te
     queries, keys = queries_THPQ.contiguous(), keys_HPSQ.contiguous()
     scores_THK = torch.empty(tokens, heads, k, dtype=torch.float32, device=queries.device)
     ids_THK = torch.empty(tokens, heads, k, dtype=torch.int64, device=queries.device)
-    pairs = [ranks.to(torch.int32) for ranks in _candidates(k, side, queries.device)]
+    pairs = _pairs(k, side, queries.device)
     step = max(1, SCORES_PER_BLOCK // (heads * 2 * side))
     for start in range(0, tokens, step):
         block = slice(start, start + step)
@@ -63,6 +65,13 @@ def backward(grad_THK: Tensor, ids_THK: Tensor, queries_THPQ: Tensor, keys_HPSQ:
 
 
 FUNCTIONS = ProductKeyFunctions(forward, backward)
+
+
+@cache
+def _pairs(k: int, side: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ranks of the candidate pairs, int32; kept, since to list them on the device is to wait for it."""
+    first, second = _candidates(k, side, torch.device("cpu"))
+    return first.to(device, torch.int32), second.to(device, torch.int32)
 
 
 def _sub_key_scores(queries_THPQ: Tensor, keys_HPSQ: Tensor) -> Tensor:
@@ -106,7 +115,9 @@ def _top(scores_RS: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return best, columns
 
 
-def _top_pairs(best_RK: Tensor, columns_RK: Tensor, pairs: list[Tensor], side: int, scores: Tensor, ids: Tensor):
+def _top_pairs(
+    best_RK: Tensor, columns_RK: Tensor, pairs: tuple[Tensor, Tensor], side: int, scores: Tensor, ids: Tensor
+):
     """Write the best sums of one score of each half, for rows that are the two halves in turn."""
     rows = len(best_RK) // 2
     padded = triton.next_power_of_2(len(pairs[0]))
