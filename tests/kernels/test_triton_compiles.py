@@ -39,6 +39,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[s
     monkeypatch.setattr(triton_form.triton.knobs.runtime, "interpret", False)
     monkeypatch.setattr(triton_form.triton.knobs.cache, "dir", str(tmp_path))
     with triton_form.fresh_package(monkeypatch):
+        monkeypatch.setattr(triton_form.module("launch"), "PROGRAMS", 1)  # the blocks of many tokens
         # The CPU's tensors stand for CUDA's: nothing runs.
         forms = triton_form.registry._implementations
         for op in forms:
@@ -98,6 +99,16 @@ def test_expert_lookup(width, gated, activation, x_dtype, dtype, compiled, tmp_p
         assert_is_sound(kernel, tmp_path)
         if width % 256 == 0:
             assert WIDE_LOAD in kernel.asm["ptx"], name
+
+
+def test_expert_lookup_of_one_token(compiled, tmp_path, monkeypatch):
+    monkeypatch.setattr(triton_form.module("launch"), "PROGRAMS", 1024)
+    table, ids = torch.randn(512, 256), torch.randint(512, (1, 128))
+    expert_lookup(torch.randn(1, 256), ids, torch.randn(1, 128), table, table)
+    assert set(compiled) == {"_hidden", "_bag_sum"}
+    for kernel in compiled.values():
+        assert_is_sound(kernel, tmp_path)
+        assert WIDE_LOAD in kernel.asm["ptx"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -141,7 +141,7 @@ def _top_pairs(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _scores(
     queries,
     keys,
@@ -193,7 +193,7 @@ def _take_best(ranks, places):
     return best, place, tl.where(places == tl.expand_dims(place, 1), LOWEST, ranks)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _top_rows(
     scores,
     best,
@@ -215,7 +215,7 @@ def _top_rows(
         tl.store(columns + row * K + winner, place, mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _top_sums(
     best,
     columns,

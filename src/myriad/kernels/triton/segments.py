@@ -127,7 +127,7 @@ def _entry_sums(
     return tl.sum(sums, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["entries"])  # no kernel is compiled anew for another number of tokens
 def _piece_sums(
     order,
     weights,
