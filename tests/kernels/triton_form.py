@@ -105,10 +105,13 @@ def by_both(function: Callable[[], Any]) -> tuple[Any, Any]:
 
 
 def assert_near(mine: Tensor, expected: Tensor, share: float) -> None:
-    """Two tensors of one dtype, shape and layout, apart by no more than a share of their norm."""
+    """Two tensors of one dtype, shape and layout, apart by no more than a share of their norm.
+
+    Sums of numbers of order one may cancel, so that their last digits are all that is left: 1e-5 a number is free.
+    """
     assert (mine.dtype, mine.shape, mine.layout) == (expected.dtype, expected.shape, expected.layout)
     mine, expected = mine.to_dense().double(), expected.to_dense().double()
-    assert (mine - expected).norm() <= share * expected.norm() + 1e-12
+    assert (mine - expected).norm() <= share * expected.norm() + 1e-5 * mine.numel() ** 0.5
 
 
 def digits(dtype: torch.dtype) -> float:
