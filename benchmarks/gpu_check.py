@@ -406,7 +406,7 @@ def layer_step(shape: Shape, device: Any) -> Step:
 
 
 def peer_pytorch_step(shape: Shape, device: Any) -> Step:
-    """The same step of PEER-pytorch's layer, with PyTorch's fastest Adam."""
+    """The same step of PEER-pytorch's layer, with PyTorch's fastest Adam, which moves every row of its tables."""
     import torch
     from PEER_pytorch import PEER
 
@@ -419,7 +419,7 @@ def peer_pytorch_step(shape: Shape, device: Any) -> Step:
             num_experts=shape.experts,
             num_experts_per_head=shape.per_head,
             dim_key=shape.d_key,
-            non_competing_scores=False,  # as the paper: softmax over each head's experts, all of which are used
+            non_competing_scores=False,  # as the paper: a softmax over each head's experts; else it keeps one of them
         )
     optimizer = torch.optim.Adam(layer.parameters(), lr=1e-4, fused=True)
     x, grad_y = (tensor.unsqueeze(0) for tensor in inputs(shape, device))
