@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-slow lint types check clean
+.PHONY: demo test test-slow lint types check gpu-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/myriad demo
@@ -22,6 +22,10 @@ types: $(INSTALLED)
 	$(BIN)/pyright
 
 check: lint types test
+
+# Needs a CUDA device: the kernels' tests there, then their times. OUT=FILE keeps the figures.
+gpu-check: $(INSTALLED)
+	$(BIN)/python benchmarks/gpu_check.py $(if $(OUT),--out $(OUT))
 
 # torch first, so that nothing else can pull another build of it.
 $(INSTALLED): pyproject.toml constraints.txt

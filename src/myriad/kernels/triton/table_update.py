@@ -1,0 +1,176 @@
+"""`lazy_adam` in Triton: one program a row of the gradient, which ends where the row is all zero.
+
+The moments, the table and, for the rounded form, the random bits are those of the reference: a row is read, moved and
+written in one pass, and nothing of the table's size is held beside it.
+
+Legend: `U` rows of the gradient, `N` rows of the table, `D` width.
+"""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from myriad.kernels.table_update import AdamStep, TableUpdateFunctions
+from myriad.kernels.triton.launch import launch, warps_of
+
+WIDEST = 2048
+"""Columns of a block: wider rows are passed over in several."""
+
+
+def full(table: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, ids: Tensor | None, rows: Tensor, step: AdamStep) -> None:
+    """Moments of the table's shape and dtype."""
+    _update(_full, table, exp_avg, exp_avg_sq, ids, rows, step)
+
+
+def rounded(
+    table: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, ids: Tensor | None, rows: Tensor, step: AdamStep
+) -> None:
+    """A bfloat16 table and first moment, rounded stochastically; one float32 second moment a row."""
+    # As a signed number, so that every step's salt is of one type and runs the same compiled kernel.
+    salt = step.salt - 2**32 if step.salt >= 2**31 else step.salt
+    _update(_rounded, table, exp_avg, exp_avg_sq, ids, rows, step, salt)
+
+
+FUNCTIONS = TableUpdateFunctions(full, rounded)
+
+
+def _update(
+    kernel: Any,
+    table: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    ids: Tensor | None,
+    rows: Tensor,
+    step: AdamStep,
+    *more: int,
+) -> None:
+    """Run a kernel on the state in place; state that is not contiguous is updated in a copy and written back."""
+    state = (table, exp_avg, exp_avg_sq)
+    places = [tensor.contiguous() for tensor in state]
+    rows = rows.contiguous()
+    width = rows.shape[1]
+    block = min(WIDEST, triton.next_power_of_2(width))
+    numbers = (1 - step.betas[0], 1 - step.betas[1], step.eps, step.size)
+    arguments = (*places, rows if ids is None else ids.contiguous(), rows, *numbers, *more)
+    options = {"D": width, "BLOCK_D": block, "num_warps": warps_of(2 * block)}
+    launch(kernel, (len(rows),), *arguments, DENSE=ids is None, **options)
+    for tensor, place in zip(state, places, strict=True):
+        if place is not tensor:
+            tensor.copy_(place)
+
+
+@triton.jit
+def _moved(old, new, share):
+    """old + share * (new - old), from the nearer end, as `torch.lerp` does."""
+    return tl.where(share < 0.5, old + share * (new - old), new - (new - old) * (1.0 - share))
+
+
+@triton.jit
+def _row_of(ids, DENSE: tl.constexpr):
+    """The gradient's row of this program, and the table's."""
+    source = tl.program_id(0).to(tl.int64)
+    if DENSE:
+        row = source
+    else:
+        row = tl.load(ids + source)
+    return source, row
+
+
+@triton.jit
+def _summary(rows, source, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """How many numbers of a row are not zero, and the sum of their squares."""
+    used = tl.zeros((BLOCK_D,), tl.int32)
+    squares = tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        column = start + tl.arange(0, BLOCK_D)
+        grad = tl.load(rows + source * D + column, mask=column < D, other=0.0).to(tl.float32)
+        used += (grad != 0).to(tl.int32)
+        squares += grad * grad
+    return tl.sum(used, 0), tl.sum(squares, 0)
+
+
+@triton.jit(do_not_specialize=["share", "square_share", "eps", "size"])
+def _full(
+    table,
+    exp_avg,
+    exp_avg_sq,
+    ids,
+    rows,
+    share,
+    square_share,
+    eps,
+    size,
+    DENSE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    source, row = _row_of(ids, DENSE)
+    used, _ = _summary(rows, source, D, BLOCK_D)
+    if used != 0:
+        for start in range(0, D, BLOCK_D):
+            column = start + tl.arange(0, BLOCK_D)
+            inside = column < D
+            place = row * D + column
+            grad = tl.load(rows + source * D + column, mask=inside, other=0.0).to(tl.float32)
+            mean = _moved(tl.load(exp_avg + place, mask=inside, other=0.0), grad, share)
+            square = _moved(tl.load(exp_avg_sq + place, mask=inside, other=0.0), grad * grad, square_share)
+            old = tl.load(table + place, mask=inside, other=0.0)
+            tl.store(exp_avg + place, mean, mask=inside)
+            tl.store(exp_avg_sq + place, square, mask=inside)
+            move = tl.div_rn(mean, tl.sqrt_rn(square) + eps) * size
+            tl.store(table + place, old - move, mask=inside)
+
+
+@triton.jit(do_not_specialize=["share", "square_share", "eps", "size", "salt"])
+def _rounded(
+    table,
+    exp_avg,
+    exp_avg_sq,
+    ids,
+    rows,
+    share,
+    square_share,
+    eps,
+    size,
+    salt,
+    DENSE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    source, row = _row_of(ids, DENSE)
+    used, squares = _summary(rows, source, D, BLOCK_D)
+    if used != 0:
+        square = _moved(tl.load(exp_avg_sq + row), squares / D, square_share)
+        tl.store(exp_avg_sq + row, square)
+        root = tl.sqrt_rn(square) + eps
+        for start in range(0, D, BLOCK_D):
+            column = start + tl.arange(0, BLOCK_D)
+            inside = column < D
+            place = row * D + column
+            grad = tl.load(rows + source * D + column, mask=inside, other=0.0).to(tl.float32)
+            mean = _moved(tl.load(exp_avg + place, mask=inside, other=0.0).to(tl.float32), grad, share)
+            old = tl.load(table + place, mask=inside, other=0.0).to(tl.float32)
+            random = _random_bits(place, salt)
+            new = old - tl.div_rn(size * mean, root)
+            tl.store(table + place, _rounded_by(new, random & 0xFFFF), mask=inside)
+            tl.store(exp_avg + place, _rounded_by(mean, random >> 16), mask=inside)
+
+
+@triton.jit
+def _random_bits(place, salt):
+    """`random_bits` of the reference: the finalizer of MurmurHash3, in uint32."""
+    x = place.to(tl.uint32) ^ salt.to(tl.uint32)
+    x = (x ^ (x >> 16)) * 0x85EBCA6B
+    x = (x ^ (x >> 13)) * 0xC2B2AE35
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _rounded_by(x, random):
+    """`rounded_by` of the reference: float32 as bfloat16, up if the digits cut off exceed 2**16 minus the bits."""
+    bits = x.to(tl.uint32, bitcast=True)
+    up = ((bits + random) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    finite = (bits & 0x7F800000) != 0x7F800000
+    return tl.where(finite, up, x).to(tl.bfloat16)
