@@ -63,7 +63,7 @@ def _check(queries: Tensor, keys: Tensor, k: int) -> None:
         raise ValueError(f"k must lie between 1 and {keys.shape[-2] ** 2} (the number of experts), not {k}")
 
 
-def _reference_forward(queries_THPQ: Tensor, keys_HPSQ: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def reference_forward(queries_THPQ: Tensor, keys_HPSQ: Tensor, k: int) -> tuple[Tensor, Tensor]:
     tokens, heads = queries_THPQ.shape[:2]
     side = keys_HPSQ.shape[2]
     dtype = torch.promote_types(queries_THPQ.dtype, keys_HPSQ.dtype)
@@ -118,7 +118,7 @@ def _reference_backward(
     return grad_queries.to(queries_THPQ.dtype), grad_keys.to(keys_HPSQ.dtype)
 
 
-register("product_key", "reference", ProductKeyFunctions(_reference_forward, _reference_backward))
+register("product_key", "reference", ProductKeyFunctions(reference_forward, _reference_backward))
 
 
 def _functions(queries: Tensor, keys: Tensor) -> ProductKeyFunctions:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from myriad.kernels.product_key import ProductKeyFunctions, _candidates, _reference_forward
+from myriad.kernels.product_key import ProductKeyFunctions, candidate_pairs, reference_forward
 from myriad.kernels.triton.bags import bag_sum
 from myriad.kernels.triton.launch import TILE, launch
 from myriad.kernels.triton.segments import segment_sums, segments
@@ -35,7 +35,7 @@ def forward(queries_THPQ: Tensor, keys_HPSQ: Tensor, k: int) -> tuple[Tensor, Te
     tokens, heads = queries_THPQ.shape[:2]
     side = keys_HPSQ.shape[2]
     if k > MOST_WINNERS or side > MOST_SUB_KEYS:
-        return _reference_forward(queries_THPQ, keys_HPSQ, k)
+        return reference_forward(queries_THPQ, keys_HPSQ, k)
     queries, keys = queries_THPQ.contiguous(), keys_HPSQ.contiguous()
     scores_THK = torch.empty(tokens, heads, k, dtype=torch.float32, device=queries.device)
     ids_THK = torch.empty(tokens, heads, k, dtype=torch.int64, device=queries.device)
@@ -70,7 +70,7 @@ FUNCTIONS = ProductKeyFunctions(forward, backward)
 @cache
 def _pairs(k: int, side: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Ranks of the candidate pairs, int32; kept, since to list them on the device is to wait for it."""
-    first, second = _candidates(k, side, torch.device("cpu"))
+    first, second = candidate_pairs(k, side, torch.device("cpu"))
     return first.to(device, torch.int32), second.to(device, torch.int32)
 
 
