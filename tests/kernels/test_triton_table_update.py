@@ -75,19 +75,6 @@ def test_rows_of_zeros_stay_untouched_bit_for_bit(dtype, layout):
         assert changed == [0, 2, 4, 6, 8, 10]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_state_that_is_not_contiguous_is_updated_in_place(dtype):
-    def strided() -> list[Tensor]:
-        table = torch.randn(5, ROWS, generator=torch.Generator().manual_seed(0)).to(dtype).T
-        state = [table, *(moment.T.contiguous().T if moment.ndim == 2 else moment for moment in new_moments(table))]
-        lazy_adam(*state, gradient(5, dtype, torch.strided, 1), **OPTIONS, betas=(0.8, 0.95), step=1)
-        return state
-
-    mine, expected = by_both(strided)
-    assert not mine[0].is_contiguous()
-    assert_close(mine, expected, rtol=2**-7 if dtype == torch.bfloat16 else 2e-6, atol=1e-6)
-
-
 def test_numbers_that_are_not_finite_stay_what_they_are():
     def moved() -> Tensor:
         table = torch.tensor([[float("inf"), -float("inf"), float("nan"), 1.0]]).bfloat16()

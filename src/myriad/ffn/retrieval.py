@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from myriad.config import ConfigError
-from myriad.distributed import all_reduce_sum
+from myriad.distributed import all_reduce_sum, world_size
 from myriad.ffn.base import Cost
 from myriad.kernels import product_key
 
@@ -53,16 +53,27 @@ class BatchNorm(nn.Module):
 
     def forward(self, x_TF: Tensor, mask_T: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Normalise tokens of shape (T, F), of which a mask of shape (T,) may leave some out."""
-        load: dict[str, Tensor] = {}
+        if not self.training:
+            scale = self.weight * torch.rsqrt(self.running_var + self.eps)
+            return torch.addcmul(self.bias - self.running_mean * scale, x_TF, scale), {}
+        if mask_T is None and world_size() == 1 and len(x_TF):
+            return self._normalise_alone(x_TF)
         x_TF = x_TF - self.running_mean
-        shift, var = None, self.running_var
-        if self.training:
-            mine = _moments(x_TF, mask_T)
-            shift, var = _mean_and_variance(all_reduce_sum(mine))
-            load = {"moments": mine.detach()}
+        mine = _moments(x_TF, mask_T)
+        shift, var = _mean_and_variance(all_reduce_sum(mine))
         scale = self.weight * torch.rsqrt(var + self.eps)
-        bias = self.bias if shift is None else self.bias - shift * scale
-        return torch.addcmul(bias, x_TF, scale), load
+        return torch.addcmul(self.bias - shift * scale, x_TF, scale), {"moments": mine.detach()}
+
+    def _normalise_alone(self, x_TF: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same where the statistics are those of these tokens alone: PyTorch's own op makes fewer passes."""
+        y_TF, mean, inverse = torch.native_batch_norm(
+            x_TF, self.weight, self.bias, None, None, training=True, momentum=0.0, eps=self.eps
+        )
+        with torch.no_grad():
+            count = float(len(x_TF))
+            shift, var = mean - self.running_mean, (inverse.square().reciprocal() - self.eps).clamp(min=0)
+            load = torch.stack((torch.full_like(shift, count), count * shift, count * (var + shift * shift)))
+        return y_TF, {"moments": load}
 
     def update(self, load: Mapping[str, Tensor]) -> None:
         """Move the running statistics towards one step's sums, as `torch.nn.BatchNorm1d` does."""

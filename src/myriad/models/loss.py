@@ -15,7 +15,9 @@ from torch.autograd.function import once_differentiable
 
 LOGITS_PER_CHUNK = 2**22
 """Logits held at once, 16 MB in float32, unless a large vocabulary makes that too few tokens."""
-LEAST_TOKENS_PER_CHUNK = 512
+LOGITS_PER_BLOCK = 2**19
+"""Logits that a CPU goes over several times in a row: 2 MB in float32."""
+LEAST_TOKENS_PER_CHUNK = 1024
 """Each chunk reads the weight and adds to its gradient once, which fewer tokens would not pay for."""
 
 
@@ -52,6 +54,22 @@ def _loss(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
     return F.cross_entropy(logits_CV, targets_C.clamp(min=-1), ignore_index=-1, reduction="sum")
 
 
+def _blocks(logits_CV: Tensor) -> list[slice]:
+    """Rows that stay in a CPU's cache from one pass over them to the next; elsewhere all at once."""
+    step = max(1, LOGITS_PER_BLOCK // logits_CV.shape[1]) if logits_CV.device.type == "cpu" else len(logits_CV)
+    return [slice(start, start + step) for start in range(0, len(logits_CV), step)]
+
+
+def _loss_to_gradient(logits_RV: Tensor, targets_R: Tensor) -> Tensor:
+    """The sum of some rows' losses; their gradient takes the place of the logits."""
+    log_probs_RV = logits_RV.to(_loss_dtype(logits_RV)).log_softmax(dim=1)
+    loss = F.nll_loss(log_probs_RV, targets_R.clamp(min=-1), ignore_index=-1, reduction="sum")
+    grad_RV = log_probs_RV.exp_()
+    grad_RV[torch.arange(len(targets_R), device=targets_R.device), targets_R.clamp(min=0)] -= 1
+    logits_RV.copy_(grad_RV.mul_((targets_R >= 0).unsqueeze(1)))
+    return loss
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
@@ -63,14 +81,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             hidden_CD, targets_C = hidden_TD[chunk], targets_T[chunk]
             logits_CV = F.linear(hidden_CD, weight_VD)
             product_dtype = logits_CV.dtype  # autocast may have chosen another than the inputs'
-            log_probs_CV = logits_CV.to(dtype).log_softmax(dim=1)
-            total += F.nll_loss(log_probs_CV, targets_C.clamp(min=-1), ignore_index=-1, reduction="sum")
-            counted_C = targets_C >= 0
-            grad_CV = log_probs_CV.exp_()
-            grad_CV[torch.arange(len(targets_C), device=targets_C.device), targets_C.clamp(min=0)] -= 1
-            grad_CV = grad_CV.mul_(counted_C.unsqueeze(1)).to(product_dtype)
-            grad_hidden[chunk] = grad_CV @ weight_VD.to(product_dtype)
-            grad_weight += grad_CV.T @ hidden_CD.to(product_dtype)
+            for block in _blocks(logits_CV):
+                total += _loss_to_gradient(logits_CV[block], targets_C[block])
+            grad_hidden[chunk] = logits_CV @ weight_VD.to(product_dtype)
+            grad_weight += logits_CV.T @ hidden_CD.to(product_dtype)
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight_VD.dtype))
         return total
 

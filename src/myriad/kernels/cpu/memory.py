@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-KEPT = 16
-"""Unused arrays kept, the last that were freed."""
+KEPT = 2**31
+"""Bytes of unused arrays kept, of those that were freed last: a model's gradients of sparse tables are many."""
 WORTH_KEEPING = 2**19
 """Bytes from which an array is kept."""
 
@@ -51,4 +51,6 @@ def _take(size: int) -> mmap.mmap:
 def _give_back(block: mmap.mmap) -> None:
     with _lock:
         _free.append(block)
-        del _free[:-KEPT]
+        kept = sum(len(block) for block in _free)
+        while kept > KEPT:
+            kept -= len(_free.pop(0))

@@ -37,7 +37,8 @@ def array(tensor: Tensor) -> np.ndarray:
 
 @intrinsic
 def _prefetch_line(typing: Any, table: Any, offset: Any) -> Any:
-    """Ask for the cache line at a byte offset of a contiguous array."""
+    """Ask for the cache line at a byte offset of a contiguous array, into the second level of the cache: more lines
+    can be on their way to it than to the first."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
@@ -45,7 +46,7 @@ def _prefetch_line(typing: Any, table: Any, offset: Any) -> Any:
         number = ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [place.type, number, number, number])
         prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(prefetch, [place, number(0), number(3), number(1)])
+        builder.call(prefetch, [place, number(0), number(2), number(1)])
         return context.get_dummy_value()
 
     return types.none(table, types.intp), generate

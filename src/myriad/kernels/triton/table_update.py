@@ -46,19 +46,14 @@ def _update(
     step: AdamStep,
     *more: int,
 ) -> None:
-    """Run a kernel on the state in place; state that is not contiguous is updated in a copy and written back."""
-    state = (table, exp_avg, exp_avg_sq)
-    places = [tensor.contiguous() for tensor in state]
+    """Run a kernel on the state in place."""
     rows = rows.contiguous()
     width = rows.shape[1]
     block = min(WIDEST, triton.next_power_of_2(width))
     numbers = (1 - step.betas[0], 1 - step.betas[1], step.eps, step.size)
-    arguments = (*places, rows if ids is None else ids.contiguous(), rows, *numbers, *more)
+    arguments = (table, exp_avg, exp_avg_sq, rows if ids is None else ids.contiguous(), rows, *numbers, *more)
     options = {"D": width, "BLOCK_D": block, "num_warps": warps_of(2 * block)}
     launch(kernel, (len(rows),), *arguments, DENSE=ids is None, **options)
-    for tensor, place in zip(state, places, strict=True):
-        if place is not tensor:
-            tensor.copy_(place)
 
 
 @triton.jit
