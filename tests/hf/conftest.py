@@ -1,6 +1,7 @@
 """A run folder of a tiny PEER model, as training leaves one."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def tiny_model() -> LanguageModel:
+def tiny_model(**options: Any) -> LanguageModel:
     """Far from its initial weights: peaked distributions, and running statistics that were moved."""
     torch.manual_seed(0)
     config = TransformerConfig(
@@ -31,7 +32,7 @@ def tiny_model() -> LanguageModel:
         d_model=32,
         heads=4,
         kv_heads=2,
-        ffns={"peer": PEERConfig(experts=64, heads=2, experts_per_head=4, d_key=8)},
+        ffns={"peer": PEERConfig(experts=64, heads=2, experts_per_head=4, d_key=8, **options)},
         pattern=["peer"],
     )
     model = config.build()
@@ -41,12 +42,12 @@ def tiny_model() -> LanguageModel:
     return model.eval()
 
 
-def write_run(folder: Path) -> Path:
+def write_run(folder: Path, model: LanguageModel | None = None) -> Path:
     folder.mkdir()
     tokenizer = folder.with_suffix(".tokenizer.json")
     byte_tokenizer().save(tokenizer)
     written = checkpoint.save_checkpoint(
-        folder, 5, tiny_model(), run_config={}, tokenizer=tokenizer, end_id=256, tensors={}, state={}
+        folder, 5, model or tiny_model(), run_config={}, tokenizer=tokenizer, end_id=256, tensors={}, state={}
     )
     checkpoint.publish(folder, written, written)
     return folder
@@ -61,3 +62,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def own_run(tmp_path: Path) -> Path:
     """A run folder that the test may damage."""
     return write_run(tmp_path / "run")
+
+
+@pytest.fixture
+def bfloat16_tables(tmp_path: Path) -> tuple[LanguageModel, Path]:
+    """A model whose tables are bfloat16 beside float32, and a run folder of it."""
+    model = tiny_model(table_dtype="bfloat16")
+    return model, write_run(tmp_path / "bfloat16", model)

@@ -101,6 +101,18 @@ def test_other_dtypes_survive(fresh, tmp_path):
     assert {value.dtype for value in opened.state_dict().values()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("writer", ["ours", "theirs"])
+def test_tables_of_bfloat16_stay_so_beside_float32(bfloat16_tables, tmp_path, writer):
+    ours, folder = bfloat16_tables
+    if writer == "theirs":
+        MyriadForCausalLM.from_pretrained(folder).save_pretrained(folder := tmp_path / "saved")
+    opened = AutoModelForCausalLM.from_pretrained(folder)
+    for name, parameter in opened.named_parameters():
+        assert parameter.dtype == (torch.bfloat16 if "experts_" in name else torch.float32)
+    with torch.no_grad():
+        assert torch.equal(opened(IDS).logits, ours(IDS).logits)
+
+
 def test_a_new_model_has_our_initial_weights(model):
     torch.manual_seed(3)
     made = MyriadForCausalLM(model.config)

@@ -116,6 +116,20 @@ def test_a_signal_saves_and_resuming_changes_nothing(store, tmp_path, number, dr
     assert same_weights(tmp_path / "whole", tmp_path / "stopped")
 
 
+def test_bfloat16_tables_learn_are_saved_and_resumed_bit_for_bit(store, tmp_path):
+    peer = PEERConfig(experts=32**2, heads=2, experts_per_head=2, d_key=8, table_dtype="bfloat16")
+    run = tiny_run(store, model=tiny_model(ffns={"p": peer}, pattern=["p"]))
+    fit(run, tmp_path / "whole")
+    fit(run, tmp_path / "stopped", display=StopsAfter(6, signal.SIGTERM))
+    fit(run, tmp_path / "stopped", resume=True)
+    losses = [record["loss"] for record in records(tmp_path / "whole")]
+    assert losses[-1] < losses[0]
+    whole, stopped = checkpoint.load(tmp_path / "whole"), checkpoint.load(tmp_path / "stopped")
+    for (name, one), other in zip(whole.named_parameters(), stopped.parameters(), strict=True):
+        assert torch.equal(one, other)
+        assert one.dtype == (torch.bfloat16 if "experts_" in name else torch.float32)
+
+
 def test_signals_are_left_alone_outside_the_main_thread(store, tmp_path):
     outcomes = []
     thread = threading.Thread(target=lambda: outcomes.append(fit(tiny_run(store), tmp_path / "run")))

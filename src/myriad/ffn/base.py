@@ -28,7 +28,7 @@ class Cost(NamedTuple):
     """Floating point operations of one token's forward, two for each multiply-add; pointwise functions, norms
     and selections are not counted."""
     bytes: int = 0
-    """Bytes of float32 parameters that one token's forward reads when it is computed alone."""
+    """Bytes of parameters that one token's forward reads when it is computed alone."""
 
     def __add__(self, other: "Cost") -> "Cost":  # pyright: ignore[reportIncompatibleMethodOverride]
         return Cost(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))

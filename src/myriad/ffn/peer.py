@@ -45,6 +45,9 @@ class PEERConfig(FFNConfig):
     """Whether experts have a third row g: the hidden value is then act(g . x) * (u . x)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of hidden values dropped in training."""
+    table_dtype: Literal["bfloat16"] | None = None
+    """Of the experts' rows; None: the model's own. In bfloat16 rows and moments take a third of float32's memory:
+    updates are rounded stochastically, and the second moment is one number a row."""
 
     @field_validator("experts")
     @classmethod
@@ -68,7 +71,8 @@ class PEERConfig(FFNConfig):
         retrieval = retrieval_cost(d_model, self.experts, self.heads, self.d_key, self.shared_keys, self.query_norm)
         row = d_model * (3 if self.gated else 2)
         active = self.heads * self.experts_per_head * row
-        return retrieval + Cost(self.experts * row, active, 2 * active, 4 * active)
+        size = 2 if self.table_dtype == "bfloat16" else 4
+        return retrieval + Cost(self.experts * row, active, 2 * active, size * active)
 
     @classmethod
     def examples(cls) -> Sequence[Self]:
@@ -80,6 +84,7 @@ class PEERConfig(FFNConfig):
             small(shared_keys=False, query_norm="layer", router="sigmoid", activation="silu"),
             small(gated=True, query_norm="rms", router="relu", activation="relu"),
             small(query_norm="none", router="sigmoid", dropout=0.1, experts_per_head=1, heads=3),
+            small(table_dtype="bfloat16"),
         ]
 
 
@@ -89,9 +94,10 @@ class PEER(FFN):
         self.config = config
         self.queries = Queries(d_model, config.heads, config.d_key, config.query_norm)
         self.keys = new_keys(config.experts, config.heads, config.d_key, config.shared_keys)
-        self.experts_down = _table(config.experts, d_model)
-        self.experts_up = _table(config.experts, d_model)
-        self.experts_gate = _table(config.experts, d_model) if config.gated else None
+        dtype = torch.bfloat16 if config.table_dtype == "bfloat16" else None
+        self.experts_down = _table(config.experts, d_model, dtype)
+        self.experts_up = _table(config.experts, d_model, dtype)
+        self.experts_gate = _table(config.experts, d_model, dtype) if config.gated else None
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None, with_routing: bool = False) -> FFNOutput:
         config = self.config
@@ -125,7 +131,7 @@ class PEER(FFN):
         }
 
 
-def _table(experts: int, d_model: int) -> nn.Parameter:
+def _table(experts: int, d_model: int, dtype: torch.dtype | None) -> nn.Parameter:
     """Rows with a standard deviation of d_model**-0.5: normalised inputs give hidden values of order one."""
-    table = nn.Parameter(in_large_pages(torch.empty(experts, d_model)))
+    table = nn.Parameter(in_large_pages(torch.empty(experts, d_model, dtype=dtype)))
     return nn.init.normal_(table, std=d_model**-0.5)  # pyright: ignore[reportReturnType]

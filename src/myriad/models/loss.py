@@ -17,7 +17,7 @@ LOGITS_PER_CHUNK = 2**22
 """Logits held at once, 16 MB in float32, unless a large vocabulary makes that too few tokens."""
 LOGITS_PER_BLOCK = 2**19
 """Logits that a CPU goes over several times in a row: 2 MB in float32."""
-LEAST_TOKENS_PER_CHUNK = 1024
+LEAST_TOKENS_PER_CHUNK = 512
 """Each chunk reads the weight and adds to its gradient once, which fewer tokens would not pay for."""
 
 
