@@ -36,6 +36,7 @@ OWNERS = {  # package -> where alone it may be imported
     "transformers": "hf/",
     "numba": "kernels/cpu/",
     "triton": "kernels/triton/",
+    "PEER_pytorch": "analysis/bench/",
     "tensorboard": "train/trackers.py",
     "wandb": "train/trackers.py",
     "pickle": "nowhere",

@@ -314,6 +314,19 @@ class TestNumbers:
         assert_close(out, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
+class TestCompiling:
+    def test_where_no_folder_can_be_written_code_is_compiled_anew(self, monkeypatch):
+        def refuse(self) -> None:
+            raise OSError("read-only")
+
+        monkeypatch.setattr("numba.core.caching._CacheLocator.ensure_cache_path", refuse)
+
+        def twice(x):
+            return 2 * x
+
+        assert simd.compiled(twice)(3) == 6
+
+
 class TestSegments:
     @quick
     @given(st.integers(0, 300), st.sampled_from([1, 2, 7, 2**11, 2**11 + 1, 2**22, 2**40]), st.integers(0, 2**31))

@@ -20,8 +20,12 @@ intrinsic: Any = numba_intrinsic  # what it makes of a function takes other argu
 
 
 def compiled(function: Any) -> Any:
-    """Compile a function of arrays and numbers when it is first called, and keep it on disk."""
-    return njit(function, nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+    """Compile a function of arrays and numbers when it is first called, and keep it on disk where that can be."""
+    options = {"nogil": True, "fastmath": FAST, "error_model": "numpy"}
+    try:
+        return njit(function, cache=True, **options)
+    except RuntimeError:  # no folder can be written
+        return njit(function, **options)
 
 
 def inlined(function: Any) -> Any:

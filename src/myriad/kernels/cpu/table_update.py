@@ -14,7 +14,7 @@ from myriad.kernels.table_update import AdamStep, TableUpdateFunctions
 
 GRAIN = 256
 """Rows worth a thread of their own."""
-AHEAD = 2
+AHEAD = 8
 """Rows that are on their way while one is computed with; each is three, of the table and both moments."""
 
 
