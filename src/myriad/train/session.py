@@ -5,7 +5,6 @@
 
 import json
 import os
-import platform
 import shutil
 import sys
 import time
@@ -21,6 +20,7 @@ from myriad.checkpoint import CheckpointError, naming
 from myriad.config import ConfigError, RunError, validate
 from myriad.data.store import Store
 from myriad.data.stream import Stream
+from myriad.kernels.hardware import processor
 from myriad.models import LanguageModel
 from myriad.models.transformer import Block
 from myriad.train.job import Job, read_state, restore
@@ -272,20 +272,9 @@ def _record_session(job: Job) -> None:
         | {name: split.sha256 for name, split in job.store.index.splits.items()},
         "precision": job.precision,
         "kernels": kernels.choices(job.device.type),
-        "device": torch.cuda.get_device_name() if job.device.type == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name() if job.device.type == "cuda" else processor(),
         "processes": distributed.world_size(),
         "threads": torch.get_num_threads(),
         "versions": {"myriad": __version__, "torch": torch.__version__, "python": sys.version.split()[0]},
     }
     append_line(job.folder / "sessions.jsonl", json.dumps(session))
-
-
-def _processor() -> str:
-    """The processor's name and its number of cores."""
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return f"{name}, {os.cpu_count()} cores"

@@ -1,13 +1,9 @@
 """The whole benchmark: the machine's rates, then each size of the layer, then whole models."""
 
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 
@@ -17,6 +13,7 @@ from myriad.analysis.bench.model import measure_model
 from myriad.analysis.bench.rates import measure_rates
 from myriad.analysis.bench.report import THEIRS, Measurement, Rates, Report, with_growth
 from myriad.analysis.bench.settings import BenchConfig, ModelShape
+from myriad.kernels.hardware import processor
 
 
 def run_bench(
@@ -63,15 +60,6 @@ def _measure(
         yield from measure_layer(settings, side, rates, device, say)
     for shape in models if "model" in settings.parts else ():
         yield from measure_model(shape, settings, rates, device, say)
-
-
-def processor() -> str:
-    """The processor's name and its number of cores."""
-    name = platform.processor() or platform.machine()
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return f"{name}, {os.cpu_count()} cores"
 
 
 def versions() -> dict[str, str | None]:
