@@ -404,6 +404,12 @@ class TestMemory:
         del part
         assert memory.new_tensor((1000, 490)).data_ptr() == place
 
+    def test_an_array_may_be_freed_while_its_thread_takes_another(self):
+        rows = memory.new_tensor((1000, 500))
+        with memory._lock:  # as when the garbage collector runs there
+            del rows
+        assert len(memory._free) == 1
+
     def test_what_is_kept_is_bounded(self, monkeypatch):
         monkeypatch.setattr(memory, "KEPT", 10 * 2**20)
         rows = [memory.new_tensor((1000, 500)) for _ in range(30)]

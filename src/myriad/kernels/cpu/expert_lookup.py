@@ -51,6 +51,27 @@ def _forward(
     return y_TD.to(x.dtype), down_dots_TA, gate_dots_TA
 
 
+@inlined
+def _hidden(
+    x: Any,
+    token: int,
+    a: int,
+    expert: int,
+    down: Any,
+    gate: Any,
+    gated: bool,
+    code: int,
+    down_dots: Any,
+    gate_dots: Any,
+) -> Any:
+    """A neuron's value for a token; its products are kept for the backward pass."""
+    down_dots[token, a] = dot(x, token, down, expert)
+    if not gated:
+        return activate(code, down_dots[token, a])
+    gate_dots[token, a] = dot(x, token, gate, expert)
+    return activate(code, gate_dots[token, a]) * down_dots[token, a]
+
+
 @compiled
 def _visit_tokens(
     start: int,
@@ -76,12 +97,7 @@ def _visit_tokens(
             if a + AHEAD < active:
                 _prefetch(ids[token, a + AHEAD], down, up, gate, gated)
             expert = ids[token, a]
-            hidden = down_dots[token, a] = dot(x, token, down, expert)
-            if gated:
-                gate_dots[token, a] = dot(x, token, gate, expert)
-                hidden *= activate(code, gate_dots[token, a])
-            else:
-                hidden = activate(code, hidden)
+            hidden = _hidden(x, token, a, expert, down, gate, gated, code, down_dots, gate_dots)
             add_row(y[token], weights[token, a] * hidden, up, expert)
 
 
@@ -123,12 +139,7 @@ def _visit_experts(
                     later = order[place + AHEAD] // active
                     prefetch_row(x, later)
                     prefetch_row(y, later)
-                hidden = down_dots[token, a] = dot(x, token, down, expert)
-                if gated:
-                    gate_dots[token, a] = dot(x, token, gate, expert)
-                    hidden *= activate(code, gate_dots[token, a])
-                else:
-                    hidden = activate(code, hidden)
+                hidden = _hidden(x, token, a, expert, down, gate, gated, code, down_dots, gate_dots)
                 add_row(y[token], weights[token, a] * hidden, up, expert)
 
 

@@ -20,7 +20,7 @@ WORTH_KEEPING = 2**19
 """Bytes from which an array is kept."""
 
 _free: list[mmap.mmap] = []
-_lock = threading.Lock()
+_lock = threading.RLock()  # the garbage collector may free an array while this thread takes another
 
 
 def new_tensor(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
