@@ -42,11 +42,10 @@ def _ids(ids: Tensor | None) -> tuple[np.ndarray, bool]:
 
 @inlined
 def _is_zero(rows: Any, place: int) -> Any:
-    largest = np.float32(0)
+    seen = np.uint32(0)  # an or of bits has no order to keep, as a maximum with NaN in it has
     for d in range(rows.shape[1]):
-        value = abs(wide(rows[place, d]))
-        largest = value if value > largest or value != value else largest
-    return largest == 0
+        seen |= bits_of(wide(rows[place, d]))
+    return seen << np.uint32(1) == 0  # all but the sign
 
 
 @compiled
