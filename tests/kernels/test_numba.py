@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from myriad.kernels import expert_lookup, lazy_adam, new_moments, product_key, use, value_lookup
 
 pytest.importorskip("numba", reason="the Numba forms need numba")
-from myriad.kernels.cpu import memory, simd, threads
+from myriad.kernels.cpu import memory, simd, table_gradient, threads
 from myriad.kernels.cpu.table_gradient import bounds_of_pieces, segments
 
 numba_product_key = importlib.import_module("myriad.kernels.cpu.product_key")
@@ -89,6 +89,23 @@ class TestLookups:
         tables = [normal(experts, 48, seed=n) for n in (1, 2)]
         inputs = [normal(300, 48, seed=3), ids, normal(300, 40, seed=4), *tables]
         assert_same(expert_lookup, inputs)
+
+    @quick
+    @given(lines=st.integers(1, 3), seed=st.integers(0, 2**31), table_dtype=dtypes, sparse=st.booleans())
+    def test_gradients_written_past_the_cache(self, lines, seed, table_dtype, sparse):
+        width = lines * simd.LINE // table_dtype.itemsize
+        ids = torch.randint(20, (9, 5), generator=torch.Generator().manual_seed(seed))
+        weights = normal(9, 5, seed=seed)
+        weights[:, 0] *= 1e-40  # denormal numbers
+        weights[0] = float("nan")
+        tables = [normal(20, width, seed=seed + n, dtype=table_dtype) for n in (1, 2)]
+        inputs = [normal(9, width, seed=seed + 3), ids, weights, *tables]
+        with pytest.MonkeyPatch.context() as patch:
+            near = gradients(expert_lookup, inputs, sparse=sparse)
+            patch.setattr(table_gradient, "PAST_CACHE", 0)
+            past = gradients(expert_lookup, inputs, sparse=sparse)
+        for mine, theirs in zip(past, near, strict=True):
+            assert torch.equal(mine.nan_to_num(7), theirs.nan_to_num(7))
 
     @pytest.mark.parametrize("experts", [64, 100_000])
     def test_is_bit_equal_from_run_to_run_and_near_on_another_number_of_threads(self, experts):

@@ -17,7 +17,14 @@ from myriad.kernels.cpu.activations import CODES, activate, slope
 from myriad.kernels.cpu.memory import new_tensor
 from myriad.kernels.cpu.rows import AHEAD, GRAIN, add_row, dot
 from myriad.kernels.cpu.simd import array, compiled, inlined, prefetch_row
-from myriad.kernels.cpu.table_gradient import bounds_of_pieces, gradient_rows, ids_tensor, segments, write_row
+from myriad.kernels.cpu.table_gradient import (
+    bounds_of_pieces,
+    gradient_rows,
+    ids_tensor,
+    past_cache,
+    segments,
+    write_row,
+)
 from myriad.kernels.cpu.threads import in_parallel
 from myriad.kernels.expert_lookup import ExpertLookupFunctions, Gradients
 
@@ -190,6 +197,7 @@ def _backward(
         *(array(table) for table in rows),
         *([array(rows[0])] if gate is None else []),
         sparse,
+        all(past_cache(table) for table in rows),
         grain=1,
     )
     return Gradients(
@@ -225,6 +233,7 @@ def _look_back(
     grad_up: Any,
     grad_gate: Any,
     sparse: bool,
+    past_cache: bool,
 ) -> None:
     """All gradients of some experts, one after another: each row is read and each gradient row written once.
 
@@ -268,10 +277,10 @@ def _look_back(
                 add_row(for_down, to_down, x, token)
                 add_row(for_up, weight * hidden, grad_y, token)
             row = segment if sparse else expert
-            write_row(grad_down, row, for_down)
-            write_row(grad_up, row, for_up)
+            write_row(grad_down, row, for_down, past_cache)
+            write_row(grad_up, row, for_up, past_cache)
             if gated:
-                write_row(grad_gate, row, for_gate)
+                write_row(grad_gate, row, for_gate, past_cache)
 
 
 FUNCTIONS = ExpertLookupFunctions(_forward, _backward)

@@ -6,7 +6,7 @@ import numpy as np
 
 from myriad.kernels.cpu.simd import inlined, wide
 
-AHEAD = 2
+AHEAD = 4
 """Rows that are on their way while one is computed with."""
 GRAIN = 8
 """Tokens worth a thread of their own."""

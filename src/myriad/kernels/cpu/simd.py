@@ -124,6 +124,40 @@ def _as_element(array, x):
     return lambda array, x: x
 
 
+def _to_bfloat16s(builder: Any, numbers: Any) -> Any:
+    """A vector of float32 as `to_bfloat16` rounds them."""
+
+    def constant(value: int) -> Any:
+        return ir.Constant(words.type, [value] * words.type.count)
+
+    words = builder.bitcast(numbers, ir.VectorType(ir.IntType(32), numbers.type.count))
+    odd = builder.and_(builder.lshr(words, constant(16)), constant(1))
+    rounded = builder.lshr(builder.add(words, builder.add(odd, constant(0x7FFF))), constant(16))
+    is_nan = builder.fcmp_unordered("uno", numbers, numbers)
+    kept = builder.select(is_nan, constant(0x7FC0), rounded)
+    return builder.trunc(kept, ir.VectorType(ir.IntType(16), words.type.count))
+
+
+@intrinsic
+def store_line_past_cache(typing: Any, rows: Any, place: Any, numbers: Any, first: Any) -> Any:
+    """Write a whole line of memory, from element `place` of a float32 or bfloat16 array on, that is not wanted in the
+    cache: it need not be read before. The numbers are those from `first` on of a float32 array."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kinds = signature.args
+        target, source = (context.make_array(kinds[i])(context, builder, arguments[i]).data for i in (0, 2))
+        count = 8 * LINE // kinds[0].dtype.bitwidth
+        source = builder.gep(source, [arguments[3]])
+        read = builder.load(builder.bitcast(source, ir.VectorType(ir.FloatType(), count).as_pointer()), align=4)
+        line = _to_bfloat16s(builder, read) if kinds[0].dtype == types.int16 else read
+        target = builder.bitcast(builder.gep(target, [arguments[1]]), line.type.as_pointer())
+        stored = builder.store(line, target, align=LINE)
+        stored.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
+        return context.get_dummy_value()
+
+    return types.none(rows, types.intp, numbers, types.intp), generate
+
+
 def _ordered(builder: Any, word: Any, width: int, infinity: int) -> Any:
     """The bits of a floating point number as an integer of the same order; NaN above all."""
     kind = ir.IntType(width)

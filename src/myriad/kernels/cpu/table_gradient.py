@@ -14,11 +14,13 @@ from torch import Tensor
 
 from myriad.kernels.cpu.memory import new_tensor
 from myriad.kernels.cpu.rows import add_row
-from myriad.kernels.cpu.simd import array, as_element, compiled, inlined
+from myriad.kernels.cpu.simd import LINE, array, as_element, compiled, inlined, store_line_past_cache
 from myriad.kernels.cpu.threads import in_parallel
 
 DIGIT = 11
 """Bits that one pass of the sort orders by: its counts stay in the nearest cache."""
+PAST_CACHE = 2**24
+"""Bytes of rows from which they would drive all else out of the cache, and each other."""
 
 
 class Segments(NamedTuple):
@@ -100,7 +102,8 @@ def table_gradient(
         rows of shape (U, D) if sparse, else of shape (N, D), in the table's dtype.
     """
     rows = gradient_rows(table_ND, found, sparse)
-    in_parallel(_sum_segments, len(found.ids_U), *found, coefficients_M, source_TD, array(rows), sparse, grain=256)
+    arguments = (coefficients_M, source_TD, array(rows), sparse, past_cache(rows))
+    in_parallel(_sum_segments, len(found.ids_U), *found, *arguments, grain=256)
     return rows
 
 
@@ -122,7 +125,16 @@ def _fill_gaps(start: int, stop: int, ids: Any, rows: Any) -> None:
 
 @compiled
 def _sum_segments(
-    start: int, stop: int, order: Any, starts: Any, ids: Any, coefficients: Any, source: Any, rows: Any, sparse: bool
+    start: int,
+    stop: int,
+    order: Any,
+    starts: Any,
+    ids: Any,
+    coefficients: Any,
+    source: Any,
+    rows: Any,
+    sparse: bool,
+    past_cache: bool,
 ) -> None:
     active = len(order) // max(1, len(source))
     total = np.empty(source.shape[1], np.float32)
@@ -131,11 +143,21 @@ def _sum_segments(
         for place in range(starts[segment], starts[segment + 1]):
             entry = order[place]
             add_row(total, coefficients[entry], source, entry // active)
-        write_row(rows, segment if sparse else ids[segment], total)
+        write_row(rows, segment if sparse else ids[segment], total, past_cache)
+
+
+def past_cache(rows: Tensor) -> bool:
+    """Whether rows that are written once, whole, should leave what is in the cache there: they are many."""
+    lines = rows.shape[1] * rows.itemsize % LINE == 0 and rows.data_ptr() % LINE == 0
+    return lines and rows.nbytes >= PAST_CACHE
 
 
 @inlined
-def write_row(rows: Any, row: int, total: Any) -> None:
+def write_row(rows: Any, row: int, total: Any, past_cache: bool) -> None:
     """rows[row] = total, in the dtype of the rows"""
-    for d in range(len(total)):
-        rows[row, d] = as_element(rows, total[d])
+    if past_cache:
+        for first in range(0, len(total), LINE // rows.itemsize):
+            store_line_past_cache(rows, row * len(total) + first, total, first)
+    else:
+        for d in range(len(total)):
+            rows[row, d] = as_element(rows, total[d])
