@@ -9,6 +9,7 @@ scored again in float32. Tokens whose bound is not a number, or that leave too m
 Legend: `T` tokens, `H` heads, `P` = 2 halves, `Q` width of a half, `S` sub-keys, `K` retrieved, `B` rows of a block.
 """
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -67,30 +68,39 @@ def _forward(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     rough_keys = keys_HPSQ.bfloat16() if screens else keys_HPSQ
     pairs_2M = _pairs(k, side)
     norms_HP2 = _norms(keys_HPSQ.numpy(), array(rough_keys)) if screens else np.zeros((heads, 2, 2), np.float32)
-    # An odd number of groups: rows a power of two apart would share a few lines of the cache.
-    step = ((SCORES_PER_BLOCK // (2 * heads * side * LANES) - 1) | 1) * LANES
     # Custom ops run under the caller's autocast, which would round the float32 products.
     with torch.autocast("cpu", enabled=False):
-        for start in range(0, tokens, step):
-            block = rough_queries[:, start : start + step].permute(0, 2, 3, 1)
-            scores_HPSB = new_tensor((heads, 2, side, block.shape[3]), rough_keys.dtype)
-            torch.matmul(rough_keys, block, out=scores_HPSB)
+        for some, start, stop in _blocks(heads, tokens, side):
+            block = rough_queries[some, start:stop].permute(0, 2, 3, 1)
+            scores_HPSB = new_tensor((len(block), 2, side, stop - start), rough_keys.dtype)
+            torch.matmul(rough_keys[some], block, out=scores_HPSB)
             in_parallel(
                 _retrieve,
-                heads * -(-block.shape[3] // LANES),
+                len(block) * -(-(stop - start) // LANES),
                 start,
                 array(scores_HPSB),
-                array(rough_queries),
-                queries_HTPQ.numpy(),
-                keys_HPSQ.numpy(),
-                norms_HP2,
+                array(rough_queries[some]),
+                queries_HTPQ[some].numpy(),
+                keys_HPSQ[some].numpy(),
+                norms_HP2[some],
                 pairs_2M,
-                scores_HTK.numpy(),
-                ids_HTK.numpy(),
+                scores_HTK[some].numpy(),
+                ids_HTK[some].numpy(),
                 grain=1,
             )
     dtype = torch.promote_types(queries.dtype, keys.dtype)
     return scores_HTK.transpose(0, 1).to(dtype).contiguous(), ids_HTK.transpose(0, 1).contiguous()
+
+
+def _blocks(heads: int, tokens: int, side: int) -> Iterator[tuple[slice, int, int]]:
+    """Heads, and the first and last token: as many tokens as may be, since each head's sub-keys are read for each of
+    its blocks."""
+    step = max(1, min(tokens, SCORES_PER_BLOCK // (2 * side))) + LANES - 1
+    step -= step % LANES
+    together = max(1, SCORES_PER_BLOCK // (2 * side * step))
+    for head in range(0, heads, together):
+        for start in range(0, tokens, step):
+            yield slice(head, head + together), start, min(start + step, tokens)
 
 
 @cache
