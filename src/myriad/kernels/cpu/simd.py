@@ -15,6 +15,8 @@ FAST = {"reassoc", "contract", "nsz", "arcp"}
 """Sums may be taken in any order, so that they run in vector registers; NaN and infinity keep their meaning."""
 LINE = 64
 """Bytes of a cache line."""
+WORD = 64
+"""Bits of a word: numbers that are compared at once."""
 
 intrinsic: Any = numba_intrinsic  # what it makes of a function takes other arguments
 
@@ -196,35 +198,57 @@ def from_ordered(typing: Any, number: Any) -> Any:
     return types.float32(number), generate
 
 
-def _chosen(comparison: str) -> Any:
-    def choose(typing: Any, first: Any, second: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            return builder.select(builder.icmp_signed(comparison, *arguments), *arguments)
-
-        return first(first, first), generate
-
-    return choose
-
-
-larger = intrinsic(_chosen(">"))
-"""The larger of two integers of one type, in that type: Python's own would widen them."""
-smaller = intrinsic(_chosen("<"))
-"""The smaller of two integers of one type, in that type."""
+def _word(builder: Any, context: Any, kind: Any, array: Any, first: Any) -> Any:
+    """A pointer to 64 numbers of an array, from one on."""
+    data = builder.gep(context.make_array(kind)(context, builder, array).data, [first])
+    return builder.bitcast(data, ir.VectorType(ir.IntType(kind.dtype.bitwidth), WORD).as_pointer())
 
 
 @intrinsic
-def lanes_reaching(typing: Any, values: Any, least: Any) -> Any:
-    """The bits of those of 64 lanes whose integer is at least its lane's, as a uint64; both arrays hold 64."""
+def keep_larger(typing: Any, best: Any, place: Any, numbers: Any, first: Any) -> Any:
+    """The larger of 64 integers each: best[place :] = max(best[place :], numbers[first :])."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        vectors = []
-        for kind, argument in zip(signature.args, arguments, strict=True):
-            data = context.make_array(kind)(context, builder, argument).data
-            vector = ir.VectorType(ir.IntType(kind.dtype.bitwidth), 64)
-            vectors.append(builder.load(builder.bitcast(data, vector.as_pointer()), align=kind.dtype.bitwidth // 8))
-        return builder.bitcast(builder.icmp_signed(">=", *vectors), ir.IntType(64))
+        align = signature.args[0].dtype.bitwidth // 8
+        mine = _word(builder, context, signature.args[0], *arguments[:2])
+        theirs = _word(builder, context, signature.args[2], *arguments[2:])
+        old, new = builder.load(mine, align=align), builder.load(theirs, align=align)
+        builder.store(builder.select(builder.icmp_signed(">", new, old), new, old), mine, align=align)
+        return context.get_dummy_value()
 
-    return types.uint64(values, least), generate
+    return types.none(best, types.intp, numbers, types.intp), generate
+
+
+def _compared(comparison: str) -> Any:
+    def compare(typing: Any, numbers: Any, first: Any, bound: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            place = _word(builder, context, signature.args[0], *arguments[:2])
+            mine = builder.load(place, align=signature.args[0].dtype.bitwidth // 8)
+            nothing = ir.Constant(mine.type, ir.Undefined)
+            one = builder.insert_element(nothing, arguments[2], ir.IntType(32)(0))
+            zeros = ir.Constant(ir.VectorType(ir.IntType(32), WORD), [0] * WORD)
+            bounds = builder.shuffle_vector(one, nothing, zeros)
+            return builder.bitcast(builder.icmp_signed(comparison, mine, bounds), ir.IntType(WORD))
+
+        return types.uint64(numbers, types.intp, numbers.dtype), generate
+
+    return compare
+
+
+reaching = intrinsic(_compared(">="))
+"""reaching(numbers, first, bound): the bits of those of 64 integers, from `first` on, that are at least the bound."""
+above = intrinsic(_compared(">"))
+"""The same of those above it."""
+
+
+@intrinsic
+def as_ordered(typing: Any, numbers: Any, number: Any) -> Any:
+    """An int64 as an array of smaller integers holds it."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.trunc(arguments[1], ir.IntType(signature.args[0].dtype.bitwidth))
+
+    return numbers.dtype(numbers, types.int64), generate
 
 
 @intrinsic
@@ -233,5 +257,15 @@ def lowest_bit(typing: Any, bits: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.cttz(arguments[0], ir.IntType(1)(1))
+
+    return types.intp(types.uint64), generate
+
+
+@intrinsic
+def bit_count(typing: Any, bits: Any) -> Any:
+    """How many bits of a uint64 are set."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.ctpop(arguments[0])
 
     return types.intp(types.uint64), generate
