@@ -37,7 +37,8 @@ def inlined(function: Any) -> Any:
 
 def array(tensor: Tensor) -> np.ndarray:
     """A contiguous view of a float32, bfloat16 or integer tensor for a compiled function."""
-    tensor = tensor.detach().contiguous()
+    if tensor.requires_grad or not tensor.is_contiguous():  # each costs a microsecond: as much as a kernel's work
+        tensor = tensor.detach().contiguous()
     return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
