@@ -1,4 +1,4 @@
-"""Runs that take turns: A B A B ..., so that what the machine does meanwhile falls on all alike."""
+"""Runs that take turns, so that what the machine does meanwhile falls on all alike."""
 
 import gc
 import time
@@ -20,7 +20,10 @@ K = TypeVar("K")
 def interleaved(
     runs: Mapping[K, Callable[[], object]], *, repeats: int, warmup: int, device: torch.device
 ) -> dict[K, list[float]]:
-    """The seconds of each run, which take turns.
+    """The seconds of each run, which take turns of two, of which the second is timed.
+
+    So a timed run follows one of its own, as a training step does: after another's run its data are in no cache, and
+    what that one gave back to the system has to be had anew.
 
     Args:
         runs: key -> what to time.
@@ -40,6 +43,7 @@ def interleaved(
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    run()
     wait_for(device)
     time.sleep(PAUSE)
     start = time.perf_counter()
