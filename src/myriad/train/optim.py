@@ -190,8 +190,8 @@ def clip_gradients(parameters: Iterable[Tensor], largest: float | None) -> Tenso
     if not values:
         return torch.zeros(())
     norm = torch.nn.utils.get_total_norm(values, error_if_nonfinite=False).float()
-    if largest is not None and bool(norm.isfinite()):
-        share = (largest / (norm + 1e-6)).clamp(max=1.0)
+    if largest is not None and bool(norm.isfinite() & (norm > largest)):
+        share = largest / (norm + 1e-6)
         for value in values:
             value.mul_(share)
     return norm

@@ -6,6 +6,7 @@ no longer used is kept for the next of its size, and its pages are large where t
 
 import math
 import mmap
+import os
 import threading
 import weakref
 from collections.abc import Sequence
@@ -14,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-KEPT = 2**31
-"""Bytes of unused arrays kept, of those that were freed last: a model's gradients of sparse tables are many."""
+KEPT = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4 if hasattr(os, "sysconf") else 2**31
+"""Bytes of unused arrays kept, of those that were freed last: a step's table gradients are all there at once."""
 WORTH_KEEPING = 2**19
 """Bytes from which an array is kept."""
 

@@ -81,7 +81,7 @@ def gradient_rows(table_ND: Tensor, found: Segments, sparse: bool) -> Tensor:
     if sparse:
         return new_tensor((len(found.ids_U), table_ND.shape[1]), table_ND.dtype)
     rows = new_tensor(table_ND.shape, table_ND.dtype)
-    in_parallel(_fill_gaps, len(rows), found.ids_U, array(rows), grain=1024)
+    in_parallel(_fill_gaps, len(rows), found.ids_U, array(rows), past_cache(rows), grain=1024)
     return rows
 
 
@@ -113,14 +113,15 @@ def ids_tensor(found: Segments, sparse: bool) -> Tensor:
 
 
 @compiled
-def _fill_gaps(start: int, stop: int, ids: Any, rows: Any) -> None:
+def _fill_gaps(start: int, stop: int, ids: Any, rows: Any, past_cache: bool) -> None:
     """Zero the rows that no id points at."""
+    nothing = np.zeros(rows.shape[1], np.float32)
     place = np.searchsorted(ids, start)
     for row in range(start, stop):
         if place < len(ids) and ids[place] == row:
             place += 1
         else:
-            rows[row] = 0
+            write_row(rows, row, nothing, past_cache)
 
 
 @compiled
