@@ -44,6 +44,12 @@ def _loss_dtype(hidden: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, torch.float32)
 
 
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    casts = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if casts else hidden.dtype
+
+
 def _chunks(targets: Tensor, vocabulary: int) -> list[slice]:
     step = max(LEAST_TOKENS_PER_CHUNK, LOGITS_PER_CHUNK // vocabulary)
     return [slice(start, start + step) for start in range(0, len(targets), step)]
@@ -73,18 +79,23 @@ def _loss_to_gradient(logits_RV: Tensor, targets_R: Tensor) -> Tensor:
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
-        dtype = _loss_dtype(hidden_TD)
-        total = hidden_TD.new_zeros((), dtype=dtype)
+        # What autocast would choose, but once: it would round the weight for every product.
+        dtype = _product_dtype(hidden_TD)
+        narrow_TD, narrow_VD = hidden_TD.to(dtype), weight_VD.to(dtype)
+        total = hidden_TD.new_zeros((), dtype=_loss_dtype(hidden_TD))
         grad_hidden = torch.empty_like(hidden_TD)
         grad_weight = torch.zeros_like(weight_VD, dtype=torch.promote_types(weight_VD.dtype, torch.float32))
-        for chunk in _chunks(targets_T, len(weight_VD)):
-            hidden_CD, targets_C = hidden_TD[chunk], targets_T[chunk]
-            logits_CV = F.linear(hidden_CD, weight_VD)
-            product_dtype = logits_CV.dtype  # autocast may have chosen another than the inputs'
+        chunks = _chunks(targets_T, len(weight_VD))
+        room_CV = narrow_TD.new_empty(min(len(targets_T), chunks[0].stop) if chunks else 0, len(weight_VD))
+        for chunk in chunks:
+            hidden_CD, targets_C = narrow_TD[chunk], targets_T[chunk]
+            logits_CV = torch.mm(hidden_CD, narrow_VD.T, out=room_CV[: len(targets_C)])
             for block in _blocks(logits_CV):
                 total += _loss_to_gradient(logits_CV[block], targets_C[block])
-            grad_hidden[chunk] = logits_CV @ weight_VD.to(product_dtype)
-            grad_weight += logits_CV.T @ hidden_CD.to(product_dtype)
+            grad_hidden[chunk] = logits_CV @ narrow_VD
+            product_VD = logits_CV.T @ hidden_CD
+            for block in _blocks(product_VD):  # a CPU adds numbers of two dtypes one by one
+                grad_weight[block] += product_VD[block].to(grad_weight.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight_VD.dtype))
         return total
 
