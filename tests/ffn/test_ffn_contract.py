@@ -35,7 +35,8 @@ def outputs(layer: nn.Module, x: torch.Tensor, **options) -> FFNOutput:
 
 @every_case
 def test_shapes_and_dtypes(config: FFNConfig):
-    layer = built(config, torch.float32)
+    # Where experts choose, too few tokens are refused in training.
+    layer = built(config, torch.float32).train(config.causal)
     for shape in [(D,), (3, D), (2, 5, D), (2, 0, D)]:
         output = layer(torch.randn(shape))
         assert output.y.shape == shape
@@ -128,6 +129,8 @@ def test_load_is_additive_over_micro_batches(config: FFNConfig):
     assert whole.keys() == parts[0].keys()
     if any(isinstance(m, nn.Module) and type(m).__name__ == "Stack" for m in layer.modules()):
         pytest.skip("an inner layer sees what the micro-batch's statistics made of the outer one")
+    if not config.causal:
+        pytest.skip("each micro-batch chooses among its own tokens")
     for name, value in whole.items():
         assert torch.allclose(value, sum(part[name] for part in parts))
         assert not value.requires_grad

@@ -12,6 +12,8 @@ from myriad.train import RunConfig, fit, with_overrides
 
 TWINS = [
     ("demo-peer", "demo-dense"),
+    ("demo-token-choice", "demo-dense"),
+    ("demo-expert-choice", "demo-dense"),
     ("peer-256x256", "dense-256x256"),
     ("peer-512x512", "dense-512x512"),
     ("enwik8-peer", "enwik8-dense"),

@@ -10,13 +10,15 @@ from myriad.checkpoint import CHECKPOINTS, intact_folder, load, read_json, refus
 from myriad.config import ConfigError, validate
 from myriad.data.store import Store, hash_of_hashes
 from myriad.data.tokenizer import Tokenizer
-from myriad.evaluate import Perplexity, check_causality, evaluate
+from myriad.evaluate import Perplexity, View, causal_view, check_causality, evaluate
 from myriad.models import LanguageModel
 from myriad.train import RunConfig
 from myriad.train.stores import store_path
 
 PROBE_TOKENS = 64
 """Length of the sequences on which causality is checked."""
+NOT_CAUSAL = "training: sees later tokens, no measure of quality"
+"""What the record of a figure says that is not causal."""
 
 
 class Measured(NamedTuple):
@@ -26,10 +28,12 @@ class Measured(NamedTuple):
     split: str
     data_sha256: str
     """Names the tokens that were measured: the split's hash, or one over all splits'."""
+    causal: bool = True
 
     def record(self) -> dict[str, Any]:
-        """All figures, by name."""
-        return {**self.perplexity.record(), "split": self.split, "data_sha256": self.data_sha256}
+        """All figures, by name; first of all what they are not, where they are not causal."""
+        mark = {} if self.causal else {"view": NOT_CAUSAL}
+        return {**mark, **self.perplexity.record(), "split": self.split, "data_sha256": self.data_sha256}
 
 
 def measure_run(
@@ -39,6 +43,7 @@ def measure_run(
     context: int | None = None,
     stride: int | None = None,
     *,
+    view: View = causal_view,
     progress: Callable[[int, int], None] | None = None,
 ) -> Measured:
     """Measure a run in float32.
@@ -47,7 +52,7 @@ def measure_run(
         run: a run folder, a checkpoint, or a Hugging Face folder of ours.
         data: a store; None: the one that the run was trained on.
         split: one of its splits, or `all` of them.
-        context, stride: as in `evaluate`.
+        context, stride, view: as in `evaluate`.
         progress: called with the tokens evaluated since the last call, and with all that there are.
 
     Raises:
@@ -70,10 +75,12 @@ def measure_run(
         end_id=store.index.end_id,
         context=context,
         stride=stride,
+        view=view,
         progress=None if progress is None else lambda tokens: progress(tokens, total),
     )
     names = [part.sha256 for part in splits]
-    return Measured(found, split, names[0] if len(names) == 1 else hash_of_hashes(names))
+    digest = names[0] if len(names) == 1 else hash_of_hashes(names)
+    return Measured(found, split, digest, causal=view is causal_view)
 
 
 def open_store_of(run: Path, folder: Path) -> Store:

@@ -16,14 +16,20 @@ def evaluate(
     split: Literal["train", "validation", "test", "all"] = typer.Option("validation", help="Which part of it."),
     context: int = typer.Option(None, help="Tokens that a window holds; default: the model's context."),
     stride: int = typer.Option(None, help="Tokens by which windows advance; default: half the context."),
+    training_view: bool = typer.Option(
+        False, "--training-view", help="Choose experts as training does, looking ahead: no measure of quality."
+    ),
     json_file: Path = typer.Option(None, "--json", help="Write the figures to a file, too."),
 ) -> None:
     """Measure perplexity per token and per word, and bits per byte; every target is counted once."""
     from myriad.analysis.measure import measure_run
+    from myriad.evaluate import causal_view
+    from myriad.evaluate import training_view as seeing_ahead
     from myriad.train.record import to_json
 
     with progress_bar("evaluating") as progress:
-        record = measure_run(run, data, split, context, stride, progress=progress).record()
+        view = seeing_ahead if training_view else causal_view
+        record = measure_run(run, data, split, context, stride, view=view, progress=progress).record()
     for name, value in record.items():
         typer.echo(f"{name:<17} {value:.6g}" if isinstance(value, float) else f"{name:<17} {value}")
     if json_file is not None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from myriad import distributed
 from myriad.config import ConfigError
 from myriad.data.store import Split
+from myriad.evaluate.views import View, causal_view
 from myriad.models import LanguageModel
 
 TOKENS_PER_BATCH = 8192
@@ -86,18 +87,20 @@ def evaluate(
     context: int | None = None,
     stride: int | None = None,
     limit: int | None = None,
+    view: View = causal_view,
     progress: Callable[[int], None] | None = None,
 ) -> Perplexity:
     """Measure a model on the text of some splits. Where there are many processes, each takes its share of the windows.
 
     Args:
-        model: put in eval mode for the while.
+        model: put in eval mode for the while, or as `view` says.
         splits: of a store.
         end_id: the token between documents.
         context: tokens that a window holds; None: the model's context.
         stride: tokens by which windows advance; None: half the context.
         limit: evaluate only about so many tokens of each split, from its start; words and bytes are then
             counted from the split's means.
+        view: `causal_view`, or `training_view`, whose figures are no measure of quality.
         progress: called with the tokens evaluated since the last call.
 
     Raises:
@@ -110,7 +113,7 @@ def evaluate(
     for split in splits:
         tokens = split.tokens[: len(split.tokens) if limit is None else min(limit + 1, len(split.tokens))]
         share = len(tokens) / len(split.tokens)
-        found, count = _sum_losses(model, tokens, end_id, context, stride, progress)
+        found, count = _sum_losses(model, tokens, end_id, context, stride, view, progress)
         nats, targets = nats + found, targets + count
         words, size = words + share * split.words, size + share * split.bytes
     nats, targets = _total(nats, targets)
@@ -142,13 +145,12 @@ def _sum_losses(
     end_id: int,
     context: int,
     stride: int,
+    view: View,
     progress: Callable[[int], None] | None,
 ) -> tuple[float, int]:
     """The sum of the losses in nats, and how many targets it is over."""
-    was_training = model.training
-    model.eval()
     nats, count = 0.0, 0
-    try:
+    with view(model):
         mine = islice(windows(len(tokens), context, stride), distributed.rank(), None, distributed.world_size())
         for batch in _batches(mine, max(1, TOKENS_PER_BATCH // context)):
             ids, targets = _tensors(batch, tokens, end_id)
@@ -160,8 +162,6 @@ def _sum_losses(
             nats, count = nats + output.loss.double().item(), count + int(output.targets)
             if progress is not None:
                 progress(sum(window.end - window.first_target + 1 for window in batch))
-    finally:
-        model.train(was_training)
     return nats, count
 
 

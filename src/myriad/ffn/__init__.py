@@ -2,8 +2,10 @@
 
 from myriad.ffn.base import FFN, Cost, FFNConfig, FFNOutput, Role, Routing
 from myriad.ffn.dense import DenseConfig
+from myriad.ffn.expert_choice import ExpertChoiceConfig
 from myriad.ffn.peer import PEERConfig
 from myriad.ffn.stack import StackConfig
+from myriad.ffn.token_choice import TokenChoiceConfig
 
 
 def kinds() -> list[str]:
@@ -15,11 +17,13 @@ __all__ = [
     "FFN",
     "Cost",
     "DenseConfig",
+    "ExpertChoiceConfig",
     "FFNConfig",
     "FFNOutput",
     "PEERConfig",
     "Role",
     "Routing",
     "StackConfig",
+    "TokenChoiceConfig",
     "kinds",
 ]

@@ -6,13 +6,13 @@ micro-batches and ranks and hands them to `after_step` once a step.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from myriad.config import Variant
+from myriad.config import Config, Variant
 
 Role = Literal["matrix", "vector", "table"]
 """How a parameter is optimised: `matrix` with weight decay, `vector` without, `table` lazily by rows."""
@@ -49,7 +49,7 @@ class Routing(NamedTuple):
     """Which experts each token used.
 
     `ids`: int64 of shape (..., A); `weights`: of the same shape, as the outputs were weighted; `experts`: how
-    many there are.
+    many there are. A weight of zero stands for no expert: it fills up tokens that used fewer than A.
     """
 
     ids: Tensor
@@ -88,6 +88,10 @@ class FFN(nn.Module, ABC):
     def after_step(self, load: Mapping[str, Tensor]) -> None:
         """Take in one step's statistics, summed over micro-batches and ranks."""
 
+    def causal_in_training(self) -> bool:
+        """Whether a token's experts are chosen without a look at others in training mode, too, as things stand."""
+        return True
+
 
 class FFNConfig(Variant):
     """The config of a feed-forward layer."""
@@ -109,10 +113,26 @@ class FFNConfig(Variant):
         """What the layer costs; no tensor is made."""
         raise NotImplementedError
 
+    def least_tokens(self) -> int:
+        """The fewest tokens that can be computed at once in training."""
+        return 1
+
     @classmethod
     def examples(cls) -> Sequence[Self]:
         """Small configs that between them use every option: the contract tests run on each."""
         raise NotImplementedError
+
+
+def ffn_configs(config: Config) -> Iterator[FFNConfig]:
+    """Every feed-forward layer that a config holds, itself and those inside others included."""
+    if isinstance(config, FFNConfig):
+        yield config
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else [value]
+        for part in inner:
+            if isinstance(part, Config):
+                yield from ffn_configs(part)
 
 
 def no_loss(x: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from myriad.train import RunConfig
 _PRESETS: dict[str, Callable[[], RunConfig]] = {
     "demo-peer": demo.peer,
     "demo-dense": demo.dense,
+    "demo-token-choice": demo.token_choice,
+    "demo-expert-choice": demo.expert_choice,
     "peer-256x256": wikitext.peer_256,
     "dense-256x256": wikitext.dense_256,
     "peer-512x512": wikitext.peer_512,

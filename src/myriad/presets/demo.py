@@ -1,11 +1,11 @@
-"""The demo: a small PEER model and its dense twin on the Python standard library's own sources.
+"""The demo: a small PEER model and its twins, dense and mixed, on the Python standard library's own sources.
 
 Small enough for two CPU cores and a few minutes each.
 """
 
-from myriad.ffn import FFNConfig, PEERConfig
+from myriad.ffn import ExpertChoiceConfig, FFNConfig, PEERConfig, TokenChoiceConfig
 from myriad.models import TransformerConfig
-from myriad.presets.twins import dense_twin
+from myriad.presets.twins import dense_twin, mixture_twin
 from myriad.train.optim import OptimConfig
 from myriad.train.run import BatchConfig, BudgetConfig, DataConfig, EvaluationConfig, RunConfig
 
@@ -33,3 +33,13 @@ def peer() -> RunConfig:
 def dense() -> RunConfig:
     """The dense twin of demo-peer: equal FLOPs per token."""
     return _run({"dense": dense_twin(PEER, D_MODEL)})
+
+
+def token_choice() -> RunConfig:
+    """The token-choice twin of demo-peer: 8 experts of which each token chooses 2, equal FLOPs per token."""
+    return _run({"token_choice": mixture_twin(TokenChoiceConfig(), PEER, D_MODEL)})
+
+
+def expert_choice() -> RunConfig:
+    """The expert-choice twin of demo-peer: 8 experts, 2 for a token on average, equal FLOPs per token."""
+    return _run({"expert_choice": mixture_twin(ExpertChoiceConfig(), PEER, D_MODEL)})

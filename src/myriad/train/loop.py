@@ -215,7 +215,7 @@ def _refuse_leaks(job: Job) -> None:
 
 def _settle(job: Job) -> None:
     """Bring the exchange of gradients to the state in which every later step finds it."""
-    ids, targets = job.stream.batch(0, distributed.world_size(), distributed.rank(), distributed.world_size())
+    ids, targets = job.stream.batch(0, job.run.micro_windows, distributed.rank(), distributed.world_size())
     job.model.train()
     with autocast(job.precision, job.device):
         job.replica.settle(ids.to(job.device), targets.to(job.device))

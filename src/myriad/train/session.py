@@ -20,6 +20,7 @@ from myriad.checkpoint import CheckpointError, naming
 from myriad.config import ConfigError, RunError, validate
 from myriad.data.store import Store
 from myriad.data.stream import Stream
+from myriad.ffn.base import ffn_configs
 from myriad.kernels.hardware import processor
 from myriad.models import LanguageModel
 from myriad.models.transformer import Block
@@ -68,6 +69,7 @@ def fit(
         display = Silent() if display is None or distributed.rank() else display
         distributed.once(lambda: _refuse_present(out, resume))
         _refuse_uneven_shares(run)
+        _refuse_few_tokens(run)
         store = open_store(run.data, out, display)
         run = with_store_vocabulary(run, store)
         with _alone_in(out), _naming_lack_of_memory(run):
@@ -94,6 +96,15 @@ def _refuse_uneven_shares(run: RunConfig) -> None:
             f"batch: {run.micro_windows} sequences computed at once ({run.micro_tokens} tokens at a context of "
             f"{run.model.context}) cannot be shared by {world} processes"
         )
+
+
+def _refuse_few_tokens(run: RunConfig) -> None:
+    tokens = run.micro_tokens // distributed.world_size()
+    for ffn in ffn_configs(run.model):
+        least = ffn.least_tokens()
+        if tokens < least:
+            kind = ffn.model_dump()["kind"]
+            raise ConfigError(f"batch: {tokens} tokens computed at once are fewer than {kind} takes, which is {least}")
 
 
 @contextmanager

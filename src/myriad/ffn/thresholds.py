@@ -1,0 +1,95 @@
+"""Choosing tokens by score: the best of a batch for each expert, and the causal rule that stands for it.
+
+In training an expert may take the best C tokens of a batch. The score of the last of these is a threshold that
+can be remembered; a later token goes to every expert whose threshold its score reaches, whatever tokens there are
+beside it. What the chosen are then given to is no concern of this module.
+
+Legend: `T` tokens (or whatever is chosen), `E` experts, `C` capacity.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+ROUNDING = 1e-6
+"""Keeps a whole number of tokens from being rounded down to the one below: 49 * (1 / 49) < 1."""
+
+
+class Taken(NamedTuple):
+    """The tokens that each expert took from a batch."""
+
+    tokens_EC: Tensor
+    """int64, best first."""
+    scores_EC: Tensor
+    """Their scores; zero where a place stays empty."""
+    cutoffs_E: Tensor
+    """The score of the last token taken, without gradient."""
+
+
+def take_best(scores_TE: Tensor, share: float, mask_T: Tensor | None = None) -> Taken:
+    """Each expert takes the tokens of its highest scores.
+
+    Args:
+        scores_TE: not negative.
+        share: of the tokens that an expert takes, at most 1 and at least 1 / T; what padding leaves counts.
+        mask_T: False for padding, which is never taken.
+    """
+    capacity = int(len(scores_TE) * share + ROUNDING)
+    if mask_T is None:
+        scores_EC, tokens_EC = scores_TE.T.topk(capacity)
+        return Taken(tokens_EC, scores_EC, scores_EC[:, -1].detach())
+    ranked_EC, tokens_EC = scores_TE.T.masked_fill(~mask_T, -1).topk(capacity)
+    there = mask_T.sum()
+    places = (there.double() * share + ROUNDING).long().clamp(min=1).minimum(there)
+    taken_C = torch.arange(capacity, device=mask_T.device) < places
+    last = (places - 1).clamp(min=0).expand(len(ranked_EC), 1)
+    return Taken(tokens_EC, ranked_EC * taken_C, ranked_EC.detach().gather(1, last).squeeze(1).clamp(min=0))
+
+
+def reaches(scores_TE: Tensor, thresholds_E: Tensor, mask_T: Tensor | None = None) -> Tensor:
+    """bool (T, E): where a token's score reaches an expert's threshold; nowhere for padding."""
+    reached_TE = scores_TE.detach() >= thresholds_E
+    return reached_TE if mask_T is None else reached_TE & mask_T.unsqueeze(1)
+
+
+def best_of_each(scores_TE: Tensor, chosen_TE: Tensor, most: int | None) -> Tensor:
+    """bool (T, E): of the experts chosen for a token, at most so many, those of its highest scores."""
+    if most is None or most >= scores_TE.shape[1]:
+        return chosen_TE
+    best_TM = scores_TE.detach().masked_fill(~chosen_TE, -1).topk(most).indices
+    return chosen_TE & torch.zeros_like(chosen_TE).scatter_(1, best_TM, True)
+
+
+class RunningThresholds(nn.Module):
+    """A threshold for each expert: the exponential average of its cutoffs, moved once a step.
+
+    The weights of the average always add up to one, so that the first step's cutoffs replace the initial value.
+
+    Args:
+        experts: how many.
+        decay: what remains of a threshold after a step.
+        initial: all thresholds before the first step.
+    """
+
+    value: Tensor
+    steps: Tensor
+
+    def __init__(self, experts: int, decay: float, initial: float) -> None:
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("value", torch.full((experts,), initial))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def load(self, cutoffs_E: Tensor, tokens: int | Tensor) -> dict[str, Tensor]:
+        """A micro-batch's additive statistics: cutoffs weighted by the tokens that they are of."""
+        return {"cutoffs": cutoffs_E * tokens, "tokens": torch.zeros_like(cutoffs_E[0]) + tokens}
+
+    def after_step(self, load: Mapping[str, Tensor]) -> None:
+        """Move towards the mean of one step's cutoffs; nothing moves without tokens."""
+        if not load or not load["tokens"]:
+            return
+        self.steps += 1
+        share = (1 - self.decay) / (1 - self.decay ** int(self.steps))
+        self.value.lerp_((load["cutoffs"] / load["tokens"]).to(self.value), share)
