@@ -8,6 +8,7 @@ from myriad import checkpoint
 from myriad.data.prepare import Recipe, prepare
 from myriad.data.store import Store, hash_of_hashes
 from myriad.evaluate import Perplexity, evaluate
+from myriad.ffn import ExpertChoiceConfig
 from myriad.train import fit
 from myriad.train.run import BudgetConfig
 from tiny import tiny_model, tiny_run
@@ -132,3 +133,27 @@ def test_evaluating_changes_nothing_in_the_run_folder(myriad, run):
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert myriad("eval", run).code == 0
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_the_training_view_is_marked_as_no_measure_of_quality(myriad, store, tmp_path):
+    ffns = {"choice": ExpertChoiceConfig(experts=4, d_expert=16)}
+    model = tiny_model(layers=1, d_model=16, ffns=ffns, pattern=["choice"])
+    fit(tiny_run(store, model=model, budget=BudgetConfig(steps=4)), tmp_path / "run")
+    assert myriad("eval", tmp_path / "run", "--json", tmp_path / "causal.json").code == 0
+    result = myriad("eval", tmp_path / "run", "--training-view", "--json", tmp_path / "seen.json")
+    assert result.code == 0
+    first = result.out.splitlines()[0]
+    assert first.split(maxsplit=1) == ["view", "training: sees later tokens, no measure of quality"]
+    causal, seen = read(tmp_path / "causal.json"), read(tmp_path / "seen.json")
+    assert causal.keys() == KEYS
+    assert seen.keys() == KEYS | {"view"}
+    assert "no measure of quality" in seen["view"]
+    assert seen["loss"] != causal["loss"]
+
+
+def test_a_causal_model_has_no_training_view(myriad, run, tmp_path):
+    result = myriad("eval", run, "--training-view", "--json", tmp_path / "j.json")
+    assert result.code == 2
+    assert result.err.count("\n") == 1
+    assert "chooses experts causally in training" in result.err
+    assert not (tmp_path / "j.json").exists()

@@ -13,7 +13,7 @@ import yaml
 
 from myriad.checkpoint import list_checkpoints
 from myriad.data.store import Store
-from myriad.ffn import DenseConfig, PEERConfig, StackConfig
+from myriad.ffn import DenseConfig, PEERConfig, StackConfig, TokenChoiceConfig
 from myriad.train.record import CLOCK_FIELDS, read_records
 from tiny import tiny_model, tiny_run
 
@@ -28,8 +28,10 @@ PEERS = StackConfig(
 
 @pytest.fixture(scope="module")
 def config(store, tmp_path_factory) -> Path:
-    """A run with tables of both kinds of gradient, a dense layer, and micro-batches."""
-    model = tiny_model(ffns={"peers": PEERS, "dense": DenseConfig(d_hidden=32)}, pattern=["peers", "dense"])
+    """A run with tables of both kinds of gradient, a dense layer, a mixture balanced both ways, and micro-batches."""
+    tokens = TokenChoiceConfig(experts=4, d_expert=8, shared_experts=1, balance_bias=0.01)
+    ffns = {"peers": PEERS, "dense": DenseConfig(d_hidden=32), "tokens": tokens}
+    model = tiny_model(layers=3, ffns=ffns, pattern=["peers", "dense", "tokens"])
     raw = tiny_run(store, model=model).model_dump(mode="json")
     raw["batch"] = {"tokens": 512, "micro_tokens": 256}
     path = tmp_path_factory.mktemp("parallel") / "config.yaml"

@@ -1,10 +1,38 @@
-"""What keeps the experts of a mixture evenly used: pure functions.
+"""What keeps the experts of a mixture evenly used: shares of a batch, losses, a bias; values and pure functions.
 
 Legend: `T` tokens, `E` experts.
 """
 
+from fractions import Fraction
+from typing import NamedTuple, Self, TypeVar
+
 import torch
 from torch import Tensor
+
+N = TypeVar("N", int, Tensor)
+
+
+class Share(NamedTuple):
+    """A share of some tokens as a ratio of whole numbers: 49 * (1 / 49) < 1, and compiled graphs count in integers."""
+
+    numerator: int
+    denominator: int
+
+    @classmethod
+    def of(cls, value: float) -> Self:
+        return cls(*Fraction(value).limit_denominator(10**6).as_integer_ratio())
+
+    def floor(self, tokens: N) -> N:
+        """The share, rounded down."""
+        return tokens * self.numerator // self.denominator
+
+    def ceil(self, tokens: N) -> N:
+        """The share, rounded up."""
+        return -(-tokens * self.numerator // self.denominator)
+
+    def least(self) -> int:
+        """The fewest tokens of which the share, rounded down, is one."""
+        return -(-self.denominator // self.numerator)
 
 
 def load_balance_loss(counts_E: Tensor, shares_TE: Tensor, tokens: Tensor) -> Tensor:

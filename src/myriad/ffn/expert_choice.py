@@ -9,7 +9,6 @@ running average of the score of the last token that e took in training (compare 
 Legend: `T` tokens, `D` width, `E` experts, `C` capacity.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal, Self
 
@@ -18,6 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from myriad.config import ConfigError, register
+from myriad.ffn.balance import Share
 from myriad.ffn.base import FFN, Cost, FFNConfig, FFNOutput, Role, Routing, no_loss
 from myriad.ffn.experts import Activation, Experts, expert_width, experts_cost, mix, mix_batched, router_logits
 from myriad.ffn.thresholds import RunningThresholds, Taken, best_of_each, reaches, take_best
@@ -56,9 +56,9 @@ class ExpertChoiceConfig(FFNConfig):
         return self
 
     @property
-    def share(self) -> float:
+    def share(self) -> Share:
         """Of the tokens that an expert takes in training."""
-        return self.capacity_factor / self.experts
+        return Share.of(self.capacity_factor / self.experts)
 
     @property
     def used(self) -> float:
@@ -70,7 +70,7 @@ class ExpertChoiceConfig(FFNConfig):
         return expert_width(self.d_expert, d_model, self.used, self.activation)
 
     def least_tokens(self) -> int:
-        return math.ceil(self.experts / self.capacity_factor)
+        return self.share.least()
 
     def build(self, d_model: int) -> "ExpertChoice":
         return ExpertChoice(self, d_model)
@@ -91,6 +91,7 @@ class ExpertChoice(FFN):
     def __init__(self, config: ExpertChoiceConfig, d_model: int) -> None:
         super().__init__()
         self.config = config
+        self.share = config.share
         self.router = nn.Parameter(torch.empty(config.experts, d_model))
         nn.init.normal_(self.router, std=d_model**-0.5)
         self.experts = Experts(config.experts, d_model, config.width(d_model), config.activation)
@@ -114,14 +115,14 @@ class ExpertChoice(FFN):
         return FFNOutput(y_TD.view_as(x), no_loss(x), load, routing)
 
     def _take(self, scores_TE: Tensor, mask_T: Tensor | None) -> Taken:
-        least = self.config.least_tokens()
+        least = self.share.least()
         if len(scores_TE) < least:
             raise ConfigError(
                 f"expert_choice: {len(scores_TE)} tokens computed at once are fewer than experts / capacity_factor = "
                 f"{self.config.experts} / {self.config.capacity_factor:g} needs in training ({least}): "
                 "an expert would take none"
             )
-        return take_best(scores_TE, self.config.share, mask_T)
+        return take_best(scores_TE, self.share, mask_T)
 
     def _mix_taken(self, x_TD: Tensor, scores_TE: Tensor, taken: Taken) -> tuple[Tensor, Tensor]:
         """The training view: every expert on the tokens that it took. Also bool (T, E), who was chosen."""

@@ -207,7 +207,7 @@ def grouped_linear(x_RI: Tensor, weights_EOI: Tensor, ends_E: Tensor) -> Tensor:
 
 @torch.library.custom_op("myriad::grouped_linear", mutates_args=())
 def _op(x_RI: Tensor, weights_EOI: Tensor, ends_E: Tensor) -> Tensor:
-    if not takes_grouped(x_RI.device.type, x_RI.dtype):
+    if not _grouped(x_RI):
         parts = zip(_parts(x_RI, ends_E), weights_EOI, strict=True)
         return torch.cat([part @ weights.T for part, weights in parts])
     outputs = weights_EOI.shape[1]
@@ -222,7 +222,7 @@ def _(x_RI: Tensor, weights_EOI: Tensor, ends_E: Tensor) -> Tensor:
 
 @torch.library.custom_op("myriad::grouped_linear_backward", mutates_args=())
 def _backward_op(grad_RO: Tensor, x_RI: Tensor, weights_EOI: Tensor, ends_E: Tensor) -> tuple[Tensor, Tensor]:
-    if not takes_grouped(x_RI.device.type, x_RI.dtype):
+    if not _grouped(x_RI):
         parts = list(zip(_parts(grad_RO, ends_E), _parts(x_RI, ends_E), weights_EOI, strict=True))
         grad_x = torch.cat([grad @ weights for grad, _, weights in parts])
         return grad_x, torch.stack([grad.T @ x for grad, x, _ in parts])
@@ -259,6 +259,10 @@ def takes_grouped(device: str, dtype: torch.dtype) -> bool:
     except (RuntimeError, ValueError, AttributeError):
         return False
     return True
+
+
+def _grouped(x_RI: Tensor) -> bool:
+    return len(x_RI) > 0 and takes_grouped(x_RI.device.type, x_RI.dtype)
 
 
 def _aligned(x: Tensor, dims: int = 1) -> Tensor:

@@ -13,8 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-ROUNDING = 1e-6
-"""Keeps a whole number of tokens from being rounded down to the one below: 49 * (1 / 49) < 1."""
+from myriad.ffn.balance import Share
 
 
 class Taken(NamedTuple):
@@ -28,21 +27,21 @@ class Taken(NamedTuple):
     """The score of the last token taken, without gradient."""
 
 
-def take_best(scores_TE: Tensor, share: float, mask_T: Tensor | None = None) -> Taken:
+def take_best(scores_TE: Tensor, share: Share, mask_T: Tensor | None = None) -> Taken:
     """Each expert takes the tokens of its highest scores.
 
     Args:
         scores_TE: not negative.
-        share: of the tokens that an expert takes, at most 1 and at least 1 / T; what padding leaves counts.
+        share: of the tokens, rounded down, that an expert takes: at least one, at most all. Padding is no token.
         mask_T: False for padding, which is never taken.
     """
-    capacity = int(len(scores_TE) * share + ROUNDING)
+    capacity = share.floor(len(scores_TE))
     if mask_T is None:
         scores_EC, tokens_EC = scores_TE.T.topk(capacity)
         return Taken(tokens_EC, scores_EC, scores_EC[:, -1].detach())
     ranked_EC, tokens_EC = scores_TE.T.masked_fill(~mask_T, -1).topk(capacity)
     there = mask_T.sum()
-    places = (there.double() * share + ROUNDING).long().clamp(min=1).minimum(there)
+    places = share.floor(there).clamp(min=1).minimum(there)
     taken_C = torch.arange(capacity, device=mask_T.device) < places
     last = (places - 1).clamp(min=0).expand(len(ranked_EC), 1)
     return Taken(tokens_EC, ranked_EC * taken_C, ranked_EC.detach().gather(1, last).squeeze(1).clamp(min=0))

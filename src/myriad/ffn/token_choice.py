@@ -7,7 +7,6 @@ f_e is a feed-forward layer, g_e is s_e, divided by the sum over the K if `norma
 Legend: `T` tokens, `D` width, `E` experts, `K` experts a token.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, Self
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from myriad.config import register
 from myriad.distributed import total, world_size
-from myriad.ffn.balance import load_balance_loss, moved_bias, router_z_loss
+from myriad.ffn.balance import Share, load_balance_loss, moved_bias, router_z_loss
 from myriad.ffn.base import FFN, Cost, FFNConfig, FFNOutput, Role, Routing
 from myriad.ffn.dense import DenseConfig
 from myriad.ffn.experts import Activation, Experts, expert_width, experts_cost, mix, router_logits
@@ -70,6 +69,12 @@ class TokenChoiceConfig(FFNConfig):
         """The width of an expert at a width of the model."""
         return expert_width(self.d_expert, d_model, self.used, self.activation)
 
+    def capacity(self) -> Share | None:
+        """Of the tokens that an expert takes at most in training."""
+        if self.capacity_factor is None:
+            return None
+        return Share.of(self.capacity_factor * self.experts_per_token / self.experts)
+
     def shared(self, d_model: int) -> DenseConfig | None:
         """The shared experts side by side are one dense layer."""
         if not self.shared_experts:
@@ -112,6 +117,7 @@ class TokenChoice(FFN):
     def __init__(self, config: TokenChoiceConfig, d_model: int) -> None:
         super().__init__()
         self.config = config
+        self.capacity = config.capacity()
         self.router = nn.Parameter(torch.empty(config.experts, d_model))
         nn.init.normal_(self.router, std=d_model**-0.5)
         self.experts = Experts(config.experts, d_model, config.width(d_model), config.activation)
@@ -125,7 +131,7 @@ class TokenChoice(FFN):
         choice = self._choose(x_TD, mask_T)
         counts_E = choice.chosen_TE.sum(0)
         ids_TK, weights_TK = self._within_capacity(choice, mask_T)
-        complete = mask_T is None and not self._has_capacity
+        complete = mask_T is None and self._limit is None
         y_TD = mix(self.experts, x_TD, ids_TK, weights_TK, complete=complete)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD).y
@@ -152,31 +158,26 @@ class TokenChoice(FFN):
         return Choice(logits_TE, scores_TE, ids_TK, weights_TK, chosen_TE)
 
     @property
-    def _has_capacity(self) -> bool:
+    def _limit(self) -> Share | None:
         """In training alone: whether a token is dropped depends on the other tokens of its batch."""
-        return self.config.capacity_factor is not None and self.training
+        return self.capacity if self.training else None
 
     def _within_capacity(self, choice: Choice, mask_T: Tensor | None) -> tuple[Tensor, Tensor]:
         """Experts and weights of each token: padding has none, and of tokens that come late some are dropped."""
-        if mask_T is None and not self._has_capacity:
+        if mask_T is None and self._limit is None:
             return choice.ids_TK, choice.weights_TK
         kept_TE = choice.chosen_TE
-        if self._has_capacity:
+        if self._limit is not None:
             place_TE = kept_TE.cumsum(0)  # among the tokens of each expert, from 1
-            kept_TE = kept_TE & (place_TE <= self._capacity(len(kept_TE), mask_T))
+            kept_TE = kept_TE & (place_TE <= self._limit.ceil(_count(kept_TE, mask_T)))
         kept_TK = kept_TE.gather(1, choice.ids_TK)
         ids_TK = choice.ids_TK.masked_fill(~kept_TK, self.config.experts)
         return ids_TK, choice.weights_TK.masked_fill(~kept_TK, 0)
 
-    def _capacity(self, tokens: int, mask_T: Tensor | None) -> float | Tensor:
-        assert self.config.capacity_factor is not None
-        share = self.config.capacity_factor * self.config.experts_per_token / self.config.experts
-        return math.ceil(tokens * share) if mask_T is None else (mask_T.sum() * share).ceil()
-
     def _aux_loss(self, choice: Choice, counts_E: Tensor, mask_T: Tensor | None) -> Tensor:
         """Both losses over the tokens of all processes: means of what the processes return are what one would."""
         config, scores_TE = self.config, choice.scores_TE
-        tokens = torch.full_like(counts_E[0], len(scores_TE)) if mask_T is None else mask_T.sum()
+        tokens = _count(scores_TE, mask_T)
         if self.training:
             counts_E, tokens = (value / world_size() for value in total([counts_E, tokens]))
         loss = scores_TE.new_zeros(())
@@ -195,3 +196,10 @@ class TokenChoice(FFN):
 
     def roles(self) -> dict[str, Role]:
         return {name: "matrix" for name, _ in self.named_parameters()}
+
+
+def _count(rows_TE: Tensor, mask_T: Tensor | None) -> Tensor:
+    """How many tokens are no padding."""
+    if mask_T is not None:
+        return mask_T.sum()
+    return torch.full((), len(rows_TE), dtype=torch.int64, device=rows_TE.device)
