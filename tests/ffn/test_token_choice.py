@@ -197,6 +197,14 @@ def test_nothing_but_padding():
     assert output.y.isfinite().all()
 
 
+def test_a_batch_in_which_nothing_goes_to_an_expert_has_gradients():
+    """Of zeros: data parallelism waits for the gradient of every parameter."""
+    layer = built()
+    output = layer(tokens(3), mask=torch.zeros(3, dtype=torch.bool))
+    (output.y.sum() + output.aux_loss).backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in layer.parameters())
+
+
 # Balance without a loss
 
 

@@ -150,8 +150,7 @@ class TokenChoice(FFN):
         ids_TK = ranked_TE.topk(config.experts_per_token, sorted=False).indices
         weights_TK = scores_TE.gather(1, ids_TK)
         if config.normalize:
-            smallest = torch.finfo(weights_TK.dtype).tiny
-            weights_TK = weights_TK / weights_TK.sum(1, keepdim=True).clamp(min=smallest)
+            weights_TK = _divided_by_sum(weights_TK)
         chosen_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(1, ids_TK, True)
         if mask_T is not None:
             chosen_TE &= mask_T.unsqueeze(1)
@@ -182,7 +181,7 @@ class TokenChoice(FFN):
             counts_E, tokens = (value / world_size() for value in total([counts_E, tokens]))
         loss = scores_TE.new_zeros(())
         if config.balance_loss:
-            shares_TE = scores_TE if config.router == "softmax" else scores_TE / scores_TE.sum(1, keepdim=True)
+            shares_TE = scores_TE if config.router == "softmax" else _divided_by_sum(scores_TE)
             if mask_T is not None:
                 shares_TE = shares_TE.masked_fill(~mask_T.unsqueeze(1), 0)
             loss = loss + config.balance_loss * load_balance_loss(counts_E, shares_TE, tokens)
@@ -196,6 +195,11 @@ class TokenChoice(FFN):
 
     def roles(self) -> dict[str, Role]:
         return {name: "matrix" for name, _ in self.named_parameters()}
+
+
+def _divided_by_sum(scores: Tensor) -> Tensor:
+    """Sigmoids can all be zero."""
+    return scores / scores.sum(1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
 
 
 def _count(rows_TE: Tensor, mask_T: Tensor | None) -> Tensor:
