@@ -135,6 +135,14 @@ def test_routing_tells_the_experts_and_their_weights():
     assert_close(torch.einsum("ta,tad->td", routing.weights * hidden, layer.experts_up[routing.ids]), y)
 
 
+def test_routing_tells_the_heads_one_after_the_other():
+    layer = built(small())
+    (routing,) = layer(tokens(), with_routing=True).routing
+    assert routing.heads == layer.config.heads == 2
+    weights_THK = routing.weights.view(-1, 2, layer.config.experts_per_head)
+    assert_close(weights_THK.sum(-1), torch.ones_like(weights_THK[..., 0]))  # softmax over each head's
+
+
 def test_more_than_k_squared_experts_are_used_in_training():
     """Positions in the k x k grid of candidates, taken for ids, would use at most k*k."""
     config = small(experts=400, heads=1, experts_per_head=2)

@@ -48,13 +48,15 @@ class Cost(NamedTuple):
 class Routing(NamedTuple):
     """Which experts each token used.
 
-    `ids`: int64 of shape (..., A); `weights`: of the same shape, as the outputs were weighted; `experts`: how
-    many there are. A weight of zero stands for no expert: it fills up tokens that used fewer than A.
+    `ids`: int64 of shape (..., A); `weights`: of the same shape, as the outputs were weighted, 0 where a token has
+    fewer experts; `experts`: how many there are; `heads`: how many routers chose among them, each for an equal part
+    of A, one part after the other.
     """
 
     ids: Tensor
     weights: Tensor
     experts: int
+    heads: int = 1
 
 
 class FFNOutput(NamedTuple):

@@ -117,7 +117,7 @@ class PEER(FFN):
         routing: tuple[Routing, ...] = ()
         if with_routing:
             shape = (*x.shape[:-1], ids_TA.shape[-1])
-            routing = (Routing(ids_TA.view(shape), weights_TA.detach().view(shape), config.experts),)
+            routing = (Routing(ids_TA.view(shape), weights_TA.detach().view(shape), config.experts, config.heads),)
         return FFNOutput(y_TD.view_as(x), no_loss(x), load, routing)
 
     def after_step(self, load: Mapping[str, Tensor]) -> None:
