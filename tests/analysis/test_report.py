@@ -1,9 +1,9 @@
 import math
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
+from page import Page
 from run_folders import RECORDS, SESSION, make_run, perplexity, train_record
 
 from myriad.analysis.compare import load_contender, load_curve, verdict
@@ -18,36 +18,6 @@ CORPUS = {
     "vocab_size": 8192,
     "splits": {"test": {"documents": 3, "tokens": 1234567, "words": 5, "bytes": 7, "sha256": "e" * 64}},
 }
-VOID = {"meta", "img", "source", "br"}
-LOADS = {"src", "srcset", "href", "data", "poster", "action", "background"}
-
-
-class Page(HTMLParser):
-    """Checks that tags are balanced, and gathers texts, alternative texts and what would be loaded."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.open, self.tags, self.loaded, self.alts, self.texts = [], [], [], [], []
-        self.feed(html)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        if tag not in VOID:
-            self.open.append(tag)
-        self.loaded += [value for name, value in attrs if name in LOADS]
-        self.alts += [dict(attrs).get("alt")] if tag == "img" else []
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.texts.append(data)
-
-    @property
-    def text(self):
-        return "".join(self.texts)
 
 
 def layers():
@@ -103,10 +73,7 @@ def test_a_whole_report(write, pair, tmp_path):
 
 def test_nothing_is_fetched_and_nothing_runs(write, pair):
     page = write(contenders=pair, usages={"PEER": layers()})
-    assert page.loaded
-    assert all(value.startswith("data:image/png;base64,") for value in page.loaded)
-    assert not {"script", "link", "iframe", "object", "base"} & set(page.tags)
-    assert not any(word in page.text for word in ("@import", "url(", "http:", "https:"))  # in the style too
+    page.assert_self_contained()
 
 
 @pytest.mark.usefixtures("plain_figures")

@@ -21,6 +21,17 @@ NOT_CAUSAL = "training: sees later tokens, no measure of quality"
 """What the record of a figure says that is not causal."""
 
 
+class OpenedRun(NamedTuple):
+    """A run's model, and a store whose tokens mean to it what they mean to the store."""
+
+    run: Path
+    """As the user named it."""
+    folder: Path
+    """Where its files are read from."""
+    model: LanguageModel
+    store: Store
+
+
 class Measured(NamedTuple):
     """What a run's model makes of a text."""
 
@@ -58,14 +69,9 @@ def measure_run(
     Raises:
         MyriadError: the run, the store or the windows cannot be used, or the model is not causal.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    folder = intact_folder(run)
-    model = load(folder, device)
-    refuse_broken_weights(model, folder)
-    store = open_store_of(run, folder) if data is None else Store.open(data)
-    store.verify()
-    _refuse_misfit(run, folder, model, store)
+    _, _, model, store = open_run(run, data)
     splits = [store.split(name) for name in (store.index.splits if split == "all" else [split])]
+    device = next(model.parameters()).device
     probe = torch.arange(2 * min(PROBE_TOKENS, model.config.context), device=device) % model.config.vocabulary
     check_causality(model, probe.view(2, -1))
     total = sum(len(part.tokens) for part in splits)
@@ -81,6 +87,25 @@ def measure_run(
     names = [part.sha256 for part in splits]
     digest = names[0] if len(names) == 1 else hash_of_hashes(names)
     return Measured(found, split, digest, causal=view is causal_view)
+
+
+def open_run(run: Path, data: Path | None = None) -> OpenedRun:
+    """Open a run in eval mode and a store that fits it, both checked.
+
+    Args:
+        run: a run folder, a checkpoint, or a Hugging Face folder of ours.
+        data: a store; None: the one that the run was trained on.
+
+    Raises:
+        MyriadError: one of them is not there, damaged, or does not fit the other.
+    """
+    folder = intact_folder(run)
+    model = load(folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    refuse_broken_weights(model, folder)
+    store = open_store_of(run, folder) if data is None else Store.open(data)
+    store.verify()
+    _refuse_misfit(run, folder, model, store)
+    return OpenedRun(run, folder, model, store)
 
 
 def open_store_of(run: Path, folder: Path) -> Store:

@@ -5,7 +5,6 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,24 +80,30 @@ def write_report(
         commands: which the reader types to make all of this again.
     """
     routed = {name: layers for name, layers in usages.items() if layers}
-    html = _template().render(
+    html = page_template("report.html.jinja").render(
         title=title,
         verdicts=summary(contenders),
         contenders=contenders,
         comparisons=_comparison(contenders),
-        losses=_picture(loss_curves, curves, _describe_curves(curves)),
+        losses=draw_picture(loss_curves, curves, _describe_curves(curves)),
         usages=[
-            (name, layers, _picture(expert_usage, layers, _describe_usage(layers))) for name, layers in routed.items()
+            (name, layers, draw_picture(expert_usage, layers, describe_usage(layers)))
+            for name, layers in routed.items()
         ],
         samples=samples,
         corpus=corpus,
         commands=commands,
         origins=_origins(contenders),
-        date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        date=now(),
     )
+    write_page(path, html)
+
+
+def write_page(path: str | Path, html: str) -> None:
+    """Write a page, whole or not at all."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(html, encoding="utf-8", errors="replace")  # a sample may hold half a surrogate pair
+    temporary.write_text(html, encoding="utf-8", errors="replace")  # a model's text may hold half a surrogate pair
     os.replace(temporary, path)
 
 
@@ -118,17 +123,28 @@ def describe_corpus(store: Store) -> dict[str, Any]:
     }
 
 
-def _template() -> jinja2.Template:
+def page_template(name: str) -> jinja2.Template:
+    """A template of this folder, with the forms of numbers that pages have."""
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.PackageLoader("myriad.analysis", ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {
         "number": number,
+        "brief": brief,
         "whole": whole,
         "percent": percent,
         "visible": visible,
     }
-    return environment.from_string(files("myriad.analysis").joinpath("report.html.jinja").read_text("utf-8"))
+    return environment.get_template(name)
+
+
+def now() -> str:
+    """The moment, as pages show it."""
+    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def number(value: float | None) -> str:
@@ -140,6 +156,11 @@ def number(value: float | None) -> str:
     if value and not -3 <= power < 6:
         return f"{mantissa} × 10{str(power).translate(SUPERSCRIPTS)}"
     return f"{value:,.{max(3 - power, 0)}f}" if value else "0"
+
+
+def brief(value: float) -> str:
+    """Two significant digits; more before the point if need be."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def whole(value: float | None) -> str:
@@ -234,7 +255,15 @@ def _flat(value: Any) -> Any:
     return ", ".join(f"{key}: {name}" for key, name in value.items()) if isinstance(value, Mapping) else value
 
 
-def _picture(draw: Callable[..., bytes], content: Sequence[Any], alt: str) -> Picture:
+def draw_picture(draw: Callable[..., bytes], content: Sequence[Any], alt: str) -> Picture:
+    """A figure for a page, in its four looks.
+
+    Args:
+        draw: one of `plots`.
+        content: what it draws.
+        alt: the figure in words.
+    """
+
     def look(stacked: bool, dark: bool) -> str:
         return f"data:image/png;base64,{base64.b64encode(draw(content, stacked=stacked, dark=dark)).decode()}"
 
@@ -250,6 +279,7 @@ def _describe_curves(curves: Sequence[Curve]) -> str:
     return " ".join(parts)
 
 
-def _describe_usage(layers: Sequence[LayerUsage]) -> str:
+def describe_usage(layers: Sequence[LayerUsage]) -> str:
+    """The figure of `expert_usage` in words."""
     parts = [f"{layer.name}: {percent(layer.share_used)} of {layer.experts:,} experts used" for layer in layers]
     return f"Sorted usage of the experts of each layer. {'; '.join(parts)}."
