@@ -1,5 +1,6 @@
 import math
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,7 +8,18 @@ import torch
 
 from myriad.analysis import plots
 from myriad.analysis.compare import Curve
-from myriad.analysis.plots import MAX_POINTS, expert_usage, extremes, learning_curve, loss_curves, running_mean
+from myriad.analysis.heads import LayerHeads
+from myriad.analysis.plots import (
+    MAX_POINTS,
+    expert_usage,
+    extremes,
+    head_overlap,
+    learning_curve,
+    loss_curves,
+    router_entropy,
+    running_mean,
+    weight_by_rank,
+)
 from myriad.analysis.routing import LayerUsage
 
 CURVES = [
@@ -111,6 +123,58 @@ def test_usage_can_be_drawn(layers, tmp_path):
     png = expert_usage(layers, tmp_path / "usage.png")
     assert size(png)[0] >= 900
     assert (tmp_path / "usage.png").read_bytes() == png
+
+
+def heads_of(heads, slots=2, name="block 0", entropy=0.5):
+    matrix = torch.full((heads, heads), 0.25, dtype=torch.float64)
+    sums = torch.full((heads,), entropy, dtype=torch.float64)
+    weights = torch.full((slots,), 1 / slots, dtype=torch.float64)
+    return LayerHeads(name, 9, sums, weights, matrix, matrix, matrix, torch.ones(heads))
+
+
+ODD_HEADS = {
+    "none": [],
+    "one head": [heads_of(1)],
+    "one expert for each head": [heads_of(3, slots=1)],
+    "nothing shared": [replace(heads_of(2), shared=torch.zeros(2, 2))],
+    "unequal": [heads_of(1), heads_of(4, slots=60), heads_of(9)],
+    "never a weight": [heads_of(2, entropy=math.nan)],
+    "many": [heads_of(2, name=f"block {index}") for index in range(30)],
+}
+
+
+@pytest.mark.parametrize("draw", [weight_by_rank, router_entropy, head_overlap])
+@pytest.mark.parametrize("name", ODD_HEADS)
+def test_heads_can_be_drawn(draw, name, tmp_path):
+    png = draw(ODD_HEADS[name], tmp_path / "heads.png")
+    assert size(png)[0] >= 900
+    assert (tmp_path / "heads.png").read_bytes() == png
+
+
+@pytest.mark.parametrize("draw", [weight_by_rank, router_entropy, head_overlap])
+def test_looks_of_heads_differ(draw):
+    looks = {draw([heads_of(2)] * 3, dark=dark, stacked=stacked) for dark in (False, True) for stacked in (False, True)}
+    assert len(looks) == 4
+
+
+def test_what_is_drawn_of_heads_is_what_they_did(monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "_to_png", lambda figure, _: figures.append(figure))
+    layer = heads_of(2, slots=4)
+    layer.shared[0, 1] = layer.shared[1, 0] = 3.0
+    layer.entropy[1] = 1.5
+    layer.weight_by_rank.copy_(torch.tensor([0.7, 0.2, 0.1, 0.0]))
+    for draw in (weight_by_rank, router_entropy, head_overlap):
+        draw([layer, heads_of(1)])
+    weights, entropies, overlaps = (figure.axes for figure in figures)
+    assert weights[0].lines[0].get_ydata().tolist() == layer.weight_by_rank.tolist()
+    means, dots = entropies[0].lines[-2:]
+    assert means.get_ydata().tolist() == [1.0, 0.5]
+    assert dots.get_ydata().tolist() == [0.5, 1.5, 0.5]
+    matrix, bar = overlaps  # of the one layer that has several heads, and the scale of colors
+    assert np.isnan(matrix.images[0].get_array().filled(math.nan).diagonal()).all()
+    assert [text.get_text() for text in matrix.texts] == ["3", "3"]
+    assert bar.get_ylim() == (0, 3)
 
 
 def test_the_running_mean_of_a_line_is_the_line():

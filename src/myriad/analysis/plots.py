@@ -1,4 +1,4 @@
-"""Figures as PNG: losses against tokens, of one run and of several, and how evenly a model uses its experts.
+"""Figures as PNG: losses against tokens, of one run and of several, and how a model uses and weights its experts.
 
 The only importer of matplotlib, through its object-oriented interface: no window, no global figure. Every figure
 comes in a light and a dark look, and with its panels side by side or stacked for narrow screens.
@@ -14,16 +14,22 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from myriad.analysis.compare import Curve
+from myriad.analysis.heads import LayerHeads
 from myriad.analysis.routing import LayerUsage
 
 DPI = 160
 MAX_LEGEND = 8
 MAX_POINTS = 2000
 MAX_MARKERS = 40
+MAX_MATRICES = 8
+MAX_WRITTEN_HEADS = 8
+"""Matrices of more heads have no numbers in their cells."""
 SAME_TEXT = 1e-3
 """Ratios of bits per byte to nats per token that differ by less than this share are of the same text."""
 STEEP_SHARE = 0.04
@@ -254,8 +260,8 @@ def expert_usage(
     figure = _new_figure(theme, stacked, panels=1)
     axes = figure.subplots()
     _style(axes, theme, "Usage of experts", "rank of the expert, as a share of all experts", "draws / uniform share")
-    colors = matplotlib.colormaps["viridis"](np.linspace(*theme.depths, max(len(layers), 2)))
-    named = {round(index) for index in np.linspace(0, len(layers) - 1, min(len(layers), MAX_LEGEND))}
+    colors = _colors_of_depth(theme, len(layers))
+    named = _some(len(layers), MAX_LEGEND)
     for index, layer in enumerate(layers):
         label = layer.name if index in named else None
         axes.plot(*_sorted_usage(layer.counts.numpy()), color=colors[index], linewidth=1.6, label=label)
@@ -281,6 +287,162 @@ def _sorted_usage(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _chance_counts(layer: LayerUsage) -> np.ndarray:
     """Counts of as many draws as a layer made, from a uniform distribution."""
     return np.random.default_rng(0).multinomial(layer.draws, np.full(layer.experts, 1 / layer.experts))
+
+
+def weight_by_rank(
+    layers: Sequence[LayerHeads], path: str | Path | None = None, *, dark: bool = False, stacked: bool = False
+) -> bytes:
+    """The mean share of a token's router weight against the rank of the expert, one line a layer.
+
+    Args:
+        layers: of one model.
+        path: where to write the figure too.
+        dark: for a dark page.
+        stacked: for narrow screens.
+
+    Returns:
+        A PNG.
+    """
+    theme = DARK if dark else LIGHT
+    figure = _new_figure(theme, stacked, panels=1)
+    axes = figure.subplots()
+    _style(axes, theme, "Router weights", "rank of the expert among a head's", "share of the head's weight")
+    colors, named = _colors_of_depth(theme, len(layers)), _some(len(layers), MAX_LEGEND)
+    for index, layer in enumerate(layers):
+        label = layer.name if index in named else None
+        marker = "o" if layer.slots <= MAX_MARKERS else ""
+        ranks = np.arange(1, layer.slots + 1)
+        axes.plot(
+            ranks, layer.weight_by_rank, color=colors[index], linewidth=1.6, marker=marker, markersize=4, label=label
+        )
+    for slots in sorted({layer.slots for layer in layers}):
+        label = "equal weights" if slots == layers[0].slots else None
+        axes.plot([1, slots], [1 / slots] * 2, color=theme.faint, linewidth=1, linestyle="--", label=label)
+    most = max((layer.slots for layer in layers), default=1)
+    axes.set_xticks([rank + 1 for rank in sorted(_some(most, 16))])
+    axes.set_ylim(bottom=0)
+    _finish(axes, theme, "no routed layer")
+    return _to_png(figure, path)
+
+
+def router_entropy(
+    layers: Sequence[LayerHeads], path: str | Path | None = None, *, dark: bool = False, stacked: bool = False
+) -> bytes:
+    """The entropy of router weights of each layer: a dot for each head, a line for their mean, dashed the maximum.
+
+    Args:
+        layers: of one model.
+        path: where to write the figure too.
+        dark: for a dark page.
+        stacked: for narrow screens.
+
+    Returns:
+        A PNG.
+    """
+    theme = DARK if dark else LIGHT
+    figure = _new_figure(theme, stacked, panels=1)
+    axes = figure.subplots()
+    _style(axes, theme, "Entropy of router weights", "", "nats")
+    if layers:
+        _draw_entropies(axes, layers, theme)
+        shown = sorted(_some(len(layers), 4 if stacked else 12))
+        axes.set_xticks(shown, [layers[index].name for index in shown])
+        axes.set_ylim(0, 1.12 * max(0.1, *(layer.largest_entropy for layer in layers)))
+    _finish(axes, theme, "no routed layer")
+    return _to_png(figure, path)
+
+
+def _draw_entropies(axes: Axes, layers: Sequence[LayerHeads], theme: Theme) -> None:
+    places = np.arange(len(layers))
+    largest = [layer.largest_entropy for layer in (*layers, layers[-1])]
+    look: dict[str, Any] = {"color": theme.faint, "linewidth": 1, "linestyle": "--"}
+    axes.step(np.arange(len(layers) + 1) - 0.5, largest, where="post", label="equal weights", **look)
+    means = [layer.mean_entropy for layer in layers]
+    axes.plot(places, means, color=theme.runs[0], linewidth=1.8, marker="D", markersize=5, label="mean of heads")
+    heads = np.concatenate([np.full(layer.heads, place) for place, layer in zip(places, layers, strict=True)])
+    look = {"color": theme.runs[1], "linestyle": "", "marker": "o", "markersize": 4, "alpha": 0.75}
+    axes.plot(heads, np.concatenate([layer.entropy for layer in layers]), label="a head", **look)
+
+
+def head_overlap(
+    layers: Sequence[LayerHeads], path: str | Path | None = None, *, dark: bool = False, stacked: bool = False
+) -> bytes:
+    """How many experts of a token two heads share: a matrix for each layer that has several heads, on one scale.
+
+    Args:
+        layers: of one model; of many, some are shown.
+        path: where to write the figure too.
+        dark: for a dark page.
+        stacked: for narrow screens.
+
+    Returns:
+        A PNG.
+    """
+    theme = DARK if dark else LIGHT
+    figure = _new_figure(theme, stacked, panels=1)
+    figure.suptitle("Overlap of heads", x=0.01, ha="left", fontsize=11, color=theme.ink, fontweight="bold")
+    several = [layer for layer in layers if layer.heads > 1]
+    shown = [several[index] for index in sorted(_some(len(several), MAX_MATRICES))]
+    if shown:
+        _draw_matrices(figure, shown, theme, columns=min(2 if stacked else 4, len(shown)))
+    else:
+        axes = figure.subplots()
+        _style(axes, theme, "", "", "")
+        _finish(axes, theme, "no layer with several heads")
+    return _to_png(figure, path)
+
+
+def _draw_matrices(figure: Figure, layers: Sequence[LayerHeads], theme: Theme, columns: int) -> None:
+    rows = math.ceil(len(layers) / columns)
+    width = figure.get_size_inches()[0]
+    figure.set_size_inches(width, 0.5 + rows * min(0.92 * width / columns, 3.0))
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in panels[len(layers) :]:
+        axes.set_visible(False)
+    matrices = [_without_diagonal(layer) for layer in layers]
+    largest = max(float(np.nanmax(matrix)) for matrix in matrices) or 1.0
+    for axes, layer, matrix in zip(panels, layers, matrices, strict=False):
+        _draw_matrix(axes, layer, matrix, largest, theme)
+    bar = figure.colorbar(
+        ScalarMappable(Normalize(0, largest), "viridis"), ax=list(panels[: len(layers)]), shrink=0.85, pad=0.02
+    )
+    bar.set_label("experts of a token in common", color=theme.faint, fontsize=9)
+    bar.ax.tick_params(colors=theme.faint, length=0, labelsize=8)
+    bar.ax.spines[:].set_visible(False)
+
+
+def _without_diagonal(layer: LayerHeads) -> np.ndarray:
+    matrix = layer.shared.numpy().copy()
+    np.fill_diagonal(matrix, np.nan)
+    return matrix
+
+
+def _draw_matrix(axes: Axes, layer: LayerHeads, matrix: np.ndarray, largest: float, theme: Theme) -> None:
+    """One layer's; numbers in the cells where they fit."""
+    axes.imshow(matrix, cmap="viridis", vmin=0, vmax=largest)
+    _, chance, _ = layer.overlap() or (0, 0, 0)
+    axes.set_title(f"{layer.name}, by chance {chance:.2g}", loc="left", fontsize=9, color=theme.ink)
+    axes.set_facecolor(theme.grid)
+    heads = sorted(_some(layer.heads, MAX_WRITTEN_HEADS))
+    axes.set(xticks=heads, yticks=heads)
+    axes.tick_params(colors=theme.faint, length=0, labelsize=7)
+    axes.spines[:].set_visible(False)
+    if layer.heads > MAX_WRITTEN_HEADS:
+        return
+    for (row, column), value in np.ndenumerate(matrix):
+        if row != column:
+            ink = LIGHT.ink if value > 0.6 * largest else LIGHT.paper
+            axes.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=6, color=ink)
+
+
+def _colors_of_depth(theme: Theme, layers: int) -> np.ndarray:
+    """One for each layer, shallow to deep."""
+    return matplotlib.colormaps["viridis"](np.linspace(*theme.depths, max(layers, 2)))
+
+
+def _some(number: int, at_most: int) -> set[int]:
+    """Evenly spaced indices, the first and the last among them; all, where there are few."""
+    return {round(index) for index in np.linspace(0, number - 1, min(number, at_most))}
 
 
 def _new_figure(theme: Theme, stacked: bool, panels: int) -> Figure:

@@ -129,10 +129,15 @@ def batches(tokens: TokenSequence, context: int, *, limit: int, seed: int = 0) -
         DataError: the text is shorter than a window.
     """
     stream = Stream(tokens, context, seed)
-    windows = min(stream.windows, max(1, limit // context))
+    windows = number_of_windows(len(tokens), context, limit)
     size = max(1, TOKENS_PER_BATCH // context)
     for start in range(0, windows, size):
         yield stream.batch(start, min(size, windows - start))[0]
+
+
+def number_of_windows(tokens: int, context: int, limit: int) -> int:
+    """How many windows `batches` takes from a text of so many tokens: one at least, all at most."""
+    return min((tokens - 1) // context, max(1, limit // context))
 
 
 def usage(model: LanguageModel, ids: Iterable[Tensor]) -> list[LayerUsage]:
@@ -145,21 +150,37 @@ def usage(model: LanguageModel, ids: Iterable[Tensor]) -> list[LayerUsage]:
     Returns:
         One entry for each routed layer, first to last; none for a model without.
     """
+    tallies: dict[str, UsageTally] = {}
+    for ids_BS, layers in route(model, ids):
+        for name, routing in layers.items():
+            tallies.setdefault(name, UsageTally(routing.experts)).add(routing, ids_BS.numel())
+    return [tally.finish(name) for name, tally in tallies.items()]
+
+
+def route(model: LanguageModel, ids: Iterable[Tensor]) -> Iterator[tuple[Tensor, dict[str, Routing]]]:
+    """Run a model over some text, batch by batch.
+
+    Args:
+        model: put in eval mode for the while.
+        ids: batches of tokens, int64 of shape (B, S).
+
+    Yields:
+        A batch, and the routing of its tokens in every routed layer, first to last, on the CPU.
+    """
     was_training = model.training
     device = next(model.parameters()).device
-    tallies: dict[str, _Tally] = {}
     model.eval()
     try:
         for ids_BS in ids:
-            ids_BS = ids_BS.to(device)
+            ids_on_device_BS = ids_BS.to(device)
             with torch.inference_mode():
                 # Targets, of whatever kind, keep the model from returning the logits of a whole vocabulary.
-                output = model(ids_BS, targets=ids_BS, with_routing=True)
-            for name, routing in _routed_layers(output.routing):
-                tallies.setdefault(name, _Tally(routing.experts)).add(routing, ids_BS.numel())
+                output = model(ids_on_device_BS, targets=ids_on_device_BS, with_routing=True)
+            layers = _routed_layers(output.routing)
+            here = {name: each._replace(ids=each.ids.cpu(), weights=each.weights.cpu()) for name, each in layers}
+            yield ids_BS.cpu(), here
     finally:
         model.train(was_training)
-    return [tally.finish(name) for name, tally in tallies.items()]
 
 
 def _routed_layers(routing: Iterable[tuple[Routing, ...]]) -> Iterator[tuple[str, Routing]]:
@@ -169,7 +190,7 @@ def _routed_layers(routing: Iterable[tuple[Routing, ...]]) -> Iterator[tuple[str
 
 
 @dataclass
-class _Tally:
+class UsageTally:
     """Sums over batches, held in float64 on the CPU: a million small weights add up."""
 
     experts: int
@@ -183,10 +204,11 @@ class _Tally:
         self.weights = torch.zeros(self.experts, dtype=torch.float64)
 
     def add(self, routing: Routing, tokens: int) -> None:
-        ids, weights = routing.ids.flatten().cpu(), routing.weights.flatten().cpu().double()
+        given = routing.weights != 0
+        ids, weights = routing.ids[given], routing.weights[given].double()
         self.tokens += tokens
         self.squares += float(weights.square().sum())
-        self.counts += torch.bincount(ids[weights != 0], minlength=self.experts)
+        self.counts += torch.bincount(ids, minlength=self.experts)
         self.weights += torch.bincount(ids, weights, minlength=self.experts)
 
     def finish(self, name: str) -> LayerUsage:

@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from myriad.cli import bench, config, data, demo, evaluate, generate, presets, train
+from myriad.cli import bench, config, data, demo, evaluate, generate, inspect, presets, train
 
 app = typer.Typer(
     help="Language models whose feed-forward layers are mixtures of experts.",
@@ -15,6 +15,7 @@ app = typer.Typer(
 )
 app.command(name="train")(train.train)
 app.command(name="eval")(evaluate.evaluate)
+app.command(name="inspect")(inspect.inspect)
 app.command(name="generate")(generate.generate)
 app.command(name="demo")(demo.demo)
 app.command(name="bench")(bench.bench)
