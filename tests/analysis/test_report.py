@@ -7,7 +7,17 @@ from page import Page
 from run_folders import RECORDS, SESSION, make_run, perplexity, train_record
 
 from myriad.analysis.compare import load_contender, load_curve, verdict
-from myriad.analysis.report import Sample, describe_corpus, duration, number, percent, visible, whole, write_report
+from myriad.analysis.report import (
+    Sample,
+    brief,
+    describe_corpus,
+    duration,
+    number,
+    percent,
+    visible,
+    whole,
+    write_report,
+)
 from myriad.analysis.routing import LayerUsage
 from myriad.data.prepare import Recipe, prepare
 
@@ -150,6 +160,7 @@ def test_numbers_have_four_digits(value, text):
 
 def test_other_forms():
     assert [whole(value) for value in (None, 0, 1234567, 1234.6)] == ["–", "0", "1,234,567", "1,235"]
+    assert [brief(value) for value in (0.12345, 4.02, 9.876, 12.34, 1234.5)] == ["0.12", "4.0", "9.9", "12", "1,234"]
     assert [percent(share) for share in (0, 1e-5, 0.123456, 0.99999, 1)] == [
         "0.0 %",
         "< 0.1 %",

@@ -28,8 +28,9 @@ MAX_LEGEND = 8
 MAX_POINTS = 2000
 MAX_MARKERS = 40
 MAX_MATRICES = 8
-MAX_WRITTEN_HEADS = 8
-"""Matrices of more heads have no numbers in their cells."""
+MAX_HEADS_NUMBERED = 8
+MAX_HEADS_WRITTEN = 4
+"""The cells of a matrix of more heads are too small for numbers."""
 SAME_TEXT = 1e-3
 """Ratios of bits per byte to nats per token that differ by less than this share are of the same text."""
 STEEP_SHARE = 0.04
@@ -421,13 +422,13 @@ def _draw_matrix(axes: Axes, layer: LayerHeads, matrix: np.ndarray, largest: flo
     """One layer's; numbers in the cells where they fit."""
     axes.imshow(matrix, cmap="viridis", vmin=0, vmax=largest)
     _, chance, _ = layer.overlap() or (0, 0, 0)
-    axes.set_title(f"{layer.name}, by chance {chance:.2g}", loc="left", fontsize=9, color=theme.ink)
+    axes.set_title(f"{layer.name}, chance {chance:.2g}", loc="left", fontsize=8, color=theme.ink)
     axes.set_facecolor(theme.grid)
-    heads = sorted(_some(layer.heads, MAX_WRITTEN_HEADS))
+    heads = sorted(_some(layer.heads, MAX_HEADS_NUMBERED))
     axes.set(xticks=heads, yticks=heads)
     axes.tick_params(colors=theme.faint, length=0, labelsize=7)
     axes.spines[:].set_visible(False)
-    if layer.heads > MAX_WRITTEN_HEADS:
+    if layer.heads > MAX_HEADS_WRITTEN:
         return
     for (row, column), value in np.ndenumerate(matrix):
         if row != column:

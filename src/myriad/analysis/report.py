@@ -160,7 +160,7 @@ def number(value: float | None) -> str:
 
 def brief(value: float) -> str:
     """Two significant digits; more before the point if need be."""
-    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+    return f"{value:,.0f}" if value >= 10 else f"{value:#.2g}"
 
 
 def whole(value: float | None) -> str:
