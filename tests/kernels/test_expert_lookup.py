@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from myriad.kernels import expert_lookup
 from myriad.kernels.table_gradient import sparse_gradient
 
-ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "none": lambda x: x}
 quick = settings(deadline=None, max_examples=60)
 
 
@@ -195,7 +195,7 @@ def test_wrong_shapes_are_refused(wrong, message):
 
 
 def test_an_unknown_activation_is_refused():
-    with pytest.raises(ValueError, match=r"unknown activation 'swish' \(known: gelu, relu, silu\)"):
+    with pytest.raises(ValueError, match=r"unknown activation 'swish' \(known: gelu, relu, silu, none\)"):
         expert_lookup(*problem(), activation="swish")
 
 

@@ -60,7 +60,7 @@ class TestLookups:
         table_dtype=dtypes,
         gated=st.booleans(),
         sparse=st.booleans(),
-        activation=st.sampled_from(["gelu", "relu", "silu"]),
+        activation=st.sampled_from(["gelu", "relu", "silu", "none"]),
     )
     def test_expert_lookup(self, sizes, seed, dtype, table_dtype, gated, sparse, activation):
         tokens, active, experts, width = sizes

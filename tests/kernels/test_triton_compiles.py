@@ -87,6 +87,7 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         (256, False, "gelu", torch.float32, torch.float32),
         (1024, True, "silu", torch.bfloat16, torch.float32),
         (300, True, "relu", torch.bfloat16, torch.bfloat16),
+        (300, False, "none", torch.bfloat16, torch.float32),
     ],
 )
 def test_expert_lookup(width, gated, activation, x_dtype, dtype, compiled, tmp_path):

@@ -69,13 +69,13 @@ def problems(draw) -> Problem:
 
 
 @few
-@given(problems(), st.sampled_from(["gelu", "relu", "silu"]), st.booleans())
+@given(problems(), st.sampled_from(["gelu", "relu", "silu", "none"]), st.booleans())
 def test_equals_the_reference(case, activation, sparse):
     assert_equals_reference(case, activation=activation, sparse=sparse)
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("activation", ["gelu", "relu", "silu"])
+@pytest.mark.parametrize("activation", ["gelu", "relu", "silu", "none"])
 def test_every_activation_gated_or_not(activation, gated):
     assert_equals_reference(problem(gated=gated), activation=activation)
 
@@ -150,7 +150,7 @@ def test_a_nan_is_not_hidden():
     x = case.x.detach().clone()
     x[2] = float("nan")
     with use("triton"):
-        for activation in ("gelu", "relu", "silu"):
+        for activation in ("gelu", "relu", "silu", "none"):
             y = expert_lookup(x, *case[1:], activation=activation)
             assert y.isnan().any(dim=1).tolist() == [False, False, True, False, False]
 

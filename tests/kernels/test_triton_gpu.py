@@ -59,7 +59,13 @@ def assert_is_exact(case: list[Any], dtype: torch.dtype, **options: Any) -> None
 @pytest.mark.parametrize(("x_dtype", "dtype"), [(FLOAT32, FLOAT32), (BFLOAT16, FLOAT32), (BFLOAT16, BFLOAT16)], ids=str)
 @pytest.mark.parametrize(
     ("tokens", "width", "gated", "activation"),
-    [(2048, 256, False, "gelu"), (1, 256, False, "gelu"), (200, 1024, True, "silu"), (64, 300, True, "relu")],
+    [
+        (2048, 256, False, "gelu"),
+        (1, 256, False, "gelu"),
+        (200, 1024, True, "silu"),
+        (64, 300, True, "relu"),
+        (64, 300, False, "none"),
+    ],
 )
 def test_expert_lookup(tokens, width, gated, activation, x_dtype, dtype, sparse):
     case = problem(tokens, width, 128**2, gated=gated, x_dtype=x_dtype, dtype=dtype)

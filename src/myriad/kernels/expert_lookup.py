@@ -33,6 +33,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu": Activation(F.gelu, torch.ops.aten.gelu_backward),
     "relu": Activation(F.relu, lambda grad, x: torch.ops.aten.threshold_backward(grad, x, 0)),
     "silu": Activation(F.silu, torch.ops.aten.silu_backward),
+    "none": Activation(lambda x: x, lambda grad, x: grad),
 }
 
 
@@ -70,7 +71,7 @@ def expert_lookup(
         ids_TA: experts of each token, int64 of shape (T, A); duplicates count as often as they stand.
         weights_TA: router weights of shape (T, A).
         down_ND, up_ND, gate_ND: tables of shape (N, D); their dtype may differ from the inputs'.
-        activation: `gelu` (exact), `relu` or `silu`.
+        activation: `gelu` (exact), `relu`, `silu` or `none`.
         sparse: whether the tables' gradients are coalesced sparse tensors; None: `sparse_gradient` decides.
 
     Returns:

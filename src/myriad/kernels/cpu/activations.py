@@ -7,7 +7,7 @@ import numpy as np
 
 from myriad.kernels.cpu.simd import inlined
 
-CODES = {"gelu": 0, "relu": 1, "silu": 2}
+CODES = {"gelu": 0, "relu": 1, "silu": 2, "none": 3}
 HALF, ONE = np.float32(0.5), np.float32(1)
 ROOT_HALF = np.float32(math.sqrt(0.5))
 PEAK = np.float32(1 / math.sqrt(2 * math.pi))
@@ -21,7 +21,9 @@ def activate(code: int, x: float) -> Any:
         return HALF * x * (ONE + np.float32(math.erf(x * ROOT_HALF)))
     if code == 1:
         return max(x, np.float32(0)) if x == x else x
-    return x / (ONE + np.float32(math.exp(-x)))
+    if code == 2:
+        return x / (ONE + np.float32(math.exp(-x)))
+    return x
 
 
 @inlined
@@ -32,5 +34,7 @@ def slope(code: int, x: float) -> Any:
         return below + x * PEAK * np.float32(math.exp(-HALF * x * x))
     if code == 1:
         return ONE if x > np.float32(0) else np.float32(0)
-    share = ONE / (ONE + np.float32(math.exp(-x)))
-    return share * (ONE + x * (ONE - share))
+    if code == 2:
+        share = ONE / (ONE + np.float32(math.exp(-x)))
+        return share * (ONE + x * (ONE - share))
+    return ONE

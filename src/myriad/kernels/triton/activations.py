@@ -16,14 +16,16 @@ def _sigmoid(x):
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """The value of `gelu` (exact), `relu` or `silu`."""
+    """The value of `gelu` (exact), `relu`, `silu` or `none`."""
     if ACTIVATION == "gelu":
         y = x * _normal_cdf(x)
     elif ACTIVATION == "silu":
         y = x * _sigmoid(x)
-    else:
-        tl.static_assert(ACTIVATION == "relu")
+    elif ACTIVATION == "relu":
         y = tl.where(x <= 0, 0.0, x)  # not a maximum, which would hide a NaN
+    else:
+        tl.static_assert(ACTIVATION == "none")
+        y = x
     return y
 
 
@@ -35,7 +37,9 @@ def slope(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "silu":
         s = _sigmoid(x)
         y = s * (1.0 + x * (1.0 - s))
-    else:
-        tl.static_assert(ACTIVATION == "relu")
+    elif ACTIVATION == "relu":
         y = tl.where(x > 0, 1.0, 0.0)
+    else:
+        tl.static_assert(ACTIVATION == "none")
+        y = tl.full(x.shape, 1.0, tl.float32)
     return y
