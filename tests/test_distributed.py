@@ -57,6 +57,13 @@ def rows(number: int) -> Tensor:
     return torch.sparse_coo_tensor(torch.tensor([ids]), values, (9, 3)).coalesce()
 
 
+def uncoalesced(number: int) -> Tensor:
+    """The same in halves, as gradients of two layers meet."""
+    half = rows(number) / 2
+    ids, values = torch.cat((half.indices(), half.indices()), dim=1), torch.cat((half.values(), half.values()))
+    return torch.sparse_coo_tensor(ids, values, half.shape, check_invariants=False)
+
+
 def exchanged(number: int) -> dict[str, Tensor | list[Tensor]]:
     shared = torch.full((2,), float(number + 1), requires_grad=True)
     share([shared])
@@ -66,6 +73,7 @@ def exchanged(number: int) -> dict[str, Tensor | list[Tensor]]:
         "shared": shared.detach(),
         "total": total(mixed),
         "rows": total_rows(rows(number)),
+        "uncoalesced": total_rows(uncoalesced(number)),
         "one empty": total_rows(rows(0) if number else empty),
         "dense rows": total_rows(rows(number).to_dense()),
     }
@@ -134,6 +142,7 @@ def test_sparse_rows_are_summed_and_stay_sparse(ranks):
         assert summed.is_coalesced()
         assert torch.equal(summed.indices(), expected.indices())
         assert torch.equal(summed.values(), expected.values())
+        assert torch.equal(found["exchanged"]["uncoalesced"].to_dense(), expected.to_dense())
         assert torch.equal(found["exchanged"]["one empty"].to_dense(), rows(0).to_dense())
         assert torch.equal(found["exchanged"]["dense rows"], expected.to_dense())
 

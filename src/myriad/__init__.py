@@ -18,7 +18,9 @@ _HOMES = {
     "FFNConfig": "myriad.ffn",
     "DenseConfig": "myriad.ffn",
     "PEERConfig": "myriad.ffn",
+    "ProductKeyMemoryConfig": "myriad.ffn",
     "StackConfig": "myriad.ffn",
+    "TableConfig": "myriad.ffn",
     "RunConfig": "myriad.train",
     "register": "myriad.config",
     "MyriadError": "myriad.config",
@@ -44,7 +46,9 @@ if TYPE_CHECKING:
     from myriad.ffn import DenseConfig as DenseConfig
     from myriad.ffn import FFNConfig as FFNConfig
     from myriad.ffn import PEERConfig as PEERConfig
+    from myriad.ffn import ProductKeyMemoryConfig as ProductKeyMemoryConfig
     from myriad.ffn import StackConfig as StackConfig
+    from myriad.ffn import TableConfig as TableConfig
     from myriad.models import LanguageModel as LanguageModel
     from myriad.models import ModelConfig as ModelConfig
     from myriad.models import TransformerConfig as TransformerConfig

@@ -58,7 +58,7 @@ def literal_peer(layer: PEER, x_TD: Tensor) -> Tensor:
     """Equations 1 to 6, expert by expert; every key is formed, and all N are searched."""
     config = layer.config
     side = math.isqrt(config.experts)
-    act = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}[config.activation]
+    act = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "none": lambda x: x}[config.activation]
     outputs = []
     for x, heads in zip(x_TD, literal_queries(layer, x_TD), strict=True):
         y = torch.zeros_like(x)
@@ -91,7 +91,9 @@ PAPER = {"shared_keys": True, "query_norm": "batch", "router": "softmax", "activ
         {"query_norm": "layer", "router": "sigmoid"},
         {"query_norm": "rms", "activation": "relu", "heads": 1},
         {"query_norm": "none", "router": "relu", "activation": "silu"},
+        {"activation": "none"},
         {"gated": True, "activation": "silu"},
+        {"gated": True, "activation": "none"},
         {"gated": True, "shared_keys": False, "experts_per_head": 1},
         {"experts_per_head": 7},  # more than the side
         {"experts": 4, "experts_per_head": 4},  # all of them
@@ -215,7 +217,7 @@ def test_a_number_of_experts_that_is_no_square_names_the_nearest():
     with pytest.raises(ConfigError) as caught:
         validate(FFNConfig, {"kind": "peer", "experts": 1_000_000 - 1})
     assert str(caught.value) == (
-        "experts: experts must be a square for product keys; nearest to 999999: 999**2 = 998001 and 1000**2 = 1000000"
+        "experts: product keys need a square; nearest to 999999: 999**2 = 998001 and 1000**2 = 1000000"
     )
 
 

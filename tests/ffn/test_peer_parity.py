@@ -25,6 +25,7 @@ CASES = {
         "router": "relu",
     },
     "relu experts": {"experts": 16**2, "heads": 2, "experts_per_head": 4, "d_key": 16, "activation": "relu"},
+    "linear experts": {"experts": 16**2, "heads": 2, "experts_per_head": 4, "d_key": 16, "activation": "none"},
     "silu experts": {"experts": 16**2, "heads": 2, "experts_per_head": 4, "d_key": 16, "activation": "silu"},
 }
 

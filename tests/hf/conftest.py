@@ -9,7 +9,7 @@ from torch import nn
 
 from myriad import checkpoint
 from myriad.data.tokenizer import byte_tokenizer
-from myriad.ffn import PEERConfig
+from myriad.ffn import PEERConfig, TableConfig
 from myriad.models import LanguageModel, TransformerConfig
 
 
@@ -22,7 +22,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def tiny_model(**options: Any) -> LanguageModel:
+def tiny_model(tables: dict[str, TableConfig] | None = None, **options: Any) -> LanguageModel:
     """Far from its initial weights: peaked distributions, and running statistics that were moved."""
     torch.manual_seed(0)
     config = TransformerConfig(
@@ -34,6 +34,7 @@ def tiny_model(**options: Any) -> LanguageModel:
         kv_heads=2,
         ffns={"peer": PEERConfig(experts=64, heads=2, experts_per_head=4, d_key=8, **options)},
         pattern=["peer"],
+        tables=tables or {},
     )
     model = config.build()
     nn.init.normal_(model.get_parameter("embedding.weight"), std=0.5)
@@ -69,3 +70,10 @@ def bfloat16_tables(tmp_path: Path) -> tuple[LanguageModel, Path]:
     """A model whose tables are bfloat16 beside float32, and a run folder of it."""
     model = tiny_model(table_dtype="bfloat16")
     return model, write_run(tmp_path / "bfloat16", model)
+
+
+@pytest.fixture
+def shared_table(tmp_path: Path) -> tuple[LanguageModel, Path]:
+    """A model whose two PEER layers have their experts in common, and a run folder of it."""
+    model = tiny_model(tables={"pool": TableConfig(rows=64, parts=["down", "up"])}, table="pool")
+    return model, write_run(tmp_path / "shared", model)

@@ -113,6 +113,23 @@ def test_tables_of_bfloat16_stay_so_beside_float32(bfloat16_tables, tmp_path, wr
         assert torch.equal(opened(IDS).logits, ours(IDS).logits)
 
 
+@pytest.mark.parametrize("writer", ["ours", "theirs"])
+def test_a_table_that_layers_share_is_one_key_and_one_parameter(shared_table, tmp_path, writer):
+    ours, folder = shared_table
+    if writer == "theirs":
+        MyriadForCausalLM.from_pretrained(folder).save_pretrained(folder := tmp_path / "saved")
+    keys = load_file(folder / "model.safetensors").keys()
+    assert [key for key in keys if "pool" in key] == ["model.tables.pool.down", "model.tables.pool.up"]
+    opened, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values())
+    assert len(list(opened.parameters())) == len(list(ours.parameters()))
+    with torch.no_grad():
+        assert torch.equal(opened(IDS).logits, ours(IDS).logits)
+        opened.model.tables.pool.up.zero_()
+        ours.tables.pool.up.zero_()
+        assert torch.equal(opened(IDS).logits, ours(IDS).logits)
+
+
 def test_a_new_model_has_our_initial_weights(model):
     torch.manual_seed(3)
     made = MyriadForCausalLM(model.config)

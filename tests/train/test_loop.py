@@ -10,7 +10,7 @@ import torch
 from myriad import checkpoint
 from myriad.config import ConfigError, RunError
 from myriad.evaluate import evaluate
-from myriad.ffn import DenseConfig, PEERConfig
+from myriad.ffn import DenseConfig, PEERConfig, ProductKeyMemoryConfig, TableConfig
 from myriad.models import Transformer
 from myriad.train import fit
 from myriad.train.loop import due
@@ -128,6 +128,26 @@ def test_bfloat16_tables_learn_are_saved_and_resumed_bit_for_bit(store, tmp_path
     for (name, one), other in zip(whole.named_parameters(), stopped.parameters(), strict=True):
         assert torch.equal(one, other)
         assert one.dtype == (torch.bfloat16 if "experts_" in name else torch.float32)
+
+
+@pytest.mark.parametrize("side", [8, 64])  # gradients of all rows, and of those in use
+def test_shared_tables_learn_are_saved_and_resumed_bit_for_bit(store, tmp_path, side):
+    rows = {"memories": side**2, "heads": 1, "memories_per_head": 4, "d_key": 8}
+    ffns = {"m": ProductKeyMemoryConfig.memory_plus(**rows, table="values")}
+    model = tiny_model(ffns=ffns, pattern=["m"], tables={"values": TableConfig(rows=side**2)})
+    run = tiny_run(store, model=model, batch=BatchConfig(tokens=512, micro_tokens=256))
+    fit(run, tmp_path / "whole")
+    fit(run, tmp_path / "stopped", display=StopsAfter(6, signal.SIGTERM))
+    fit(run, tmp_path / "stopped", resume=True)
+    assert records(tmp_path / "whole") == records(tmp_path / "stopped")
+    assert same_weights(tmp_path / "whole", tmp_path / "stopped")
+    losses = [record["loss"] for record in records(tmp_path / "whole")]
+    assert losses[-1] < losses[0]
+    moments = checkpoint.read_tensors(tmp_path / "whole/checkpoints/00000012/training/optimizer.safetensors")
+    assert [name for name in moments if "values" in name] == [
+        "exp_avg.tables.values.values",
+        "exp_avg_sq.tables.values.values",
+    ]
 
 
 def test_signals_are_left_alone_outside_the_main_thread(store, tmp_path):

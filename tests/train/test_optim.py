@@ -90,6 +90,23 @@ def test_clipping_takes_one_norm_over_dense_and_sparse():
     assert clip_gradients(layer.parameters(), norm).item() == pytest.approx(norm / 2, rel=1e-4)
 
 
+def test_rows_that_stand_twice_count_as_their_sum():
+    """As gradients of layers that share a table meet on a GPU: one after the other, not added up."""
+    mine, theirs = sparse_layer(), sparse_layer()
+    for layer in (mine, theirs):
+        layer(torch.randn(8, 16, generator=torch.Generator().manual_seed(0))).y.square().sum().backward()
+        for table in (layer.experts_down, layer.experts_up):
+            one, other = table.grad * 0.25, table.grad * 0.75
+            ids, rows = (torch.cat((one._indices(), other._indices()), 1), torch.cat((one._values(), other._values())))
+            twice = torch.sparse_coo_tensor(ids, rows, table.shape, check_invariants=False)
+            table.grad = twice if layer is mine else twice.to_dense()
+        clip_gradients(layer.parameters(), 0.1)
+        build_optimizer(layer, lr=1e-2).step()
+    for one, other in zip(mine.parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-7)
+    assert not torch.equal(mine.experts_up, sparse_layer().experts_up)
+
+
 def test_a_norm_that_is_not_finite_changes_nothing():
     parameter = torch.nn.Parameter(torch.ones(3))
     parameter.grad = torch.tensor([1.0, math.nan, 2.0])

@@ -13,7 +13,7 @@ import yaml
 
 from myriad.checkpoint import list_checkpoints
 from myriad.data.store import Store
-from myriad.ffn import DenseConfig, PEERConfig, StackConfig, TokenChoiceConfig
+from myriad.ffn import DenseConfig, PEERConfig, StackConfig, TableConfig, TokenChoiceConfig
 from myriad.train.record import CLOCK_FIELDS, read_records
 from tiny import tiny_model, tiny_run
 
@@ -21,17 +21,19 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
 PEERS = StackConfig(
     layers=[
         PEERConfig(experts=64, heads=2, experts_per_head=4, d_key=8),  # dense gradients
-        PEERConfig(experts=64**2, heads=2, experts_per_head=1, d_key=8),  # sparse ones
+        *2 * [PEERConfig(experts=64**2, heads=2, experts_per_head=1, d_key=8, table="pool")],  # sparse ones, added up
     ]
 )
+TABLES = {"pool": TableConfig(rows=64**2, parts=["down", "up"])}
 
 
 @pytest.fixture(scope="module")
 def config(store, tmp_path_factory) -> Path:
-    """A run with tables of both kinds of gradient, a dense layer, a mixture balanced both ways, and micro-batches."""
+    """A run with tables of both kinds of gradient, one of them shared, a dense layer, a mixture balanced both ways, and
+    micro-batches."""
     tokens = TokenChoiceConfig(experts=4, d_expert=8, shared_experts=1, balance_bias=0.01)
     ffns = {"peers": PEERS, "dense": DenseConfig(d_hidden=32), "tokens": tokens}
-    model = tiny_model(layers=3, ffns=ffns, pattern=["peers", "dense", "tokens"])
+    model = tiny_model(layers=3, ffns=ffns, pattern=["peers", "dense", "tokens"], tables=TABLES)
     raw = tiny_run(store, model=model).model_dump(mode="json")
     raw["batch"] = {"tokens": 512, "micro_tokens": 256}
     path = tmp_path_factory.mktemp("parallel") / "config.yaml"

@@ -4,7 +4,9 @@ from myriad.ffn.base import FFN, Cost, FFNConfig, FFNOutput, Role, Routing
 from myriad.ffn.dense import DenseConfig
 from myriad.ffn.expert_choice import ExpertChoiceConfig
 from myriad.ffn.peer import PEERConfig
+from myriad.ffn.product_key_memory import ProductKeyMemoryConfig
 from myriad.ffn.stack import StackConfig
+from myriad.ffn.tables import TableConfig
 from myriad.ffn.token_choice import TokenChoiceConfig
 
 
@@ -21,9 +23,11 @@ __all__ = [
     "FFNConfig",
     "FFNOutput",
     "PEERConfig",
+    "ProductKeyMemoryConfig",
     "Role",
     "Routing",
     "StackConfig",
+    "TableConfig",
     "TokenChoiceConfig",
     "kinds",
 ]

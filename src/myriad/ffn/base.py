@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from myriad.config import Config, Variant
+from myriad.ffn.tables import Tables, TableUse
 
 Role = Literal["matrix", "vector", "table"]
 """How a parameter is optimised: `matrix` with weight decay, `vector` without, `table` lazily by rows."""
@@ -111,8 +112,16 @@ class FFNConfig(Variant):
         """
         raise NotImplementedError
 
+    def build_sharing(self, d_model: int, tables: Tables) -> FFN:
+        """Make the layer in a model that owns tables. A family that can share them overrides this."""
+        return self.build(d_model)
+
+    def table_uses(self) -> Sequence[TableUse]:
+        """The shared tables that the layer uses."""
+        return ()
+
     def cost(self, d_model: int) -> Cost:
-        """What the layer costs; no tensor is made."""
+        """What the layer costs; no tensor is made. The parameters of shared tables are counted by the model."""
         raise NotImplementedError
 
     def least_tokens(self) -> int:
@@ -121,7 +130,7 @@ class FFNConfig(Variant):
 
     @classmethod
     def examples(cls) -> Sequence[Self]:
-        """Small configs that between them use every option: the contract tests run on each."""
+        """Small configs that between them use every option of a layer alone: the contract tests run on each."""
         raise NotImplementedError
 
 

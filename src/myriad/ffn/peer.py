@@ -9,16 +9,24 @@ expert n is a neuron with down row u_n and up row v_n:
 from collections.abc import Mapping, Sequence
 from typing import Literal, Self
 
-import torch
 import torch.nn.functional as F
-from pydantic import Field, field_validator, model_validator
-from torch import Tensor, nn
+from pydantic import Field, model_validator
+from torch import Tensor
 
-from myriad.config import ConfigError, Count, register
-from myriad.ffn.base import FFN, Cost, FFNConfig, FFNOutput, Role, Routing, no_loss
-from myriad.ffn.retrieval import Queries, QueryNorm, Router, new_keys, retrieval_cost, retrieve, side_of
+from myriad.config import register
+from myriad.ffn.base import FFN, Cost, FFNConfig, FFNOutput, Role, no_loss
+from myriad.ffn.retrieval import (
+    Queries,
+    QueryNorm,
+    Router,
+    Square,
+    new_keys,
+    retrieval_cost,
+    retrieve,
+    routing_of,
+)
+from myriad.ffn.tables import NO_TABLES, TableConfig, TableDtype, Tables, TableUse, borrow, bytes_of, new_table
 from myriad.kernels import expert_lookup
-from myriad.kernels.pages import in_large_pages
 
 
 @register
@@ -26,7 +34,7 @@ class PEERConfig(FFNConfig):
     """A pool of single-neuron experts, retrieved by product keys."""
 
     kind: Literal["peer"] = "peer"
-    experts: Count = Field(default=1024**2, ge=1)
+    experts: Square = 1024**2
     """Experts in the pool, a square."""
     heads: int = Field(default=8, ge=1)
     """Queries per token; all retrieve from the same pool."""
@@ -40,23 +48,17 @@ class PEERConfig(FFNConfig):
     """Normalization of the queries: `batch` (the paper), `layer`, `rms` or `none`."""
     router: Router = "softmax"
     """From scores to weights: `softmax` over each head's experts (the paper), `sigmoid` or `relu`."""
-    activation: Literal["gelu", "relu", "silu"] = "gelu"
+    activation: Literal["gelu", "relu", "silu", "none"] = "gelu"
+    """Of the hidden values; `none` leaves them linear (UltraMemV2, arXiv 2508.18756)."""
     gated: bool = False
     """Whether experts have a third row g: the hidden value is then act(g . x) * (u . x)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of hidden values dropped in training."""
-    table_dtype: Literal["bfloat16"] | None = None
+    table: str | None = None
+    """The model's table of parts [down, up], or [down, up, gate], that holds the experts; None: the layer's own."""
+    table_dtype: TableDtype | None = None
     """Of the experts' rows; None: the model's own. In bfloat16 rows and moments take a third of float32's memory:
     updates are rounded stochastically, and the second moment is one number a row."""
-
-    @field_validator("experts")
-    @classmethod
-    def _square(cls, experts: int) -> int:
-        try:
-            side_of(experts)
-        except ConfigError as error:
-            raise ValueError(str(error)) from None
-        return experts
 
     @model_validator(mode="after")
     def _enough_experts(self) -> Self:
@@ -65,14 +67,25 @@ class PEERConfig(FFNConfig):
         return self
 
     def build(self, d_model: int) -> "PEER":
-        return PEER(self, d_model)
+        return self.build_sharing(d_model, NO_TABLES)
+
+    def build_sharing(self, d_model: int, tables: Tables) -> "PEER":
+        return PEER(self, d_model, tables)
+
+    @property
+    def _pool(self) -> TableConfig:
+        """The experts' rows."""
+        parts = ["down", "up", "gate"] if self.gated else ["down", "up"]
+        return TableConfig(rows=self.experts, parts=parts, dtype=self.table_dtype)
+
+    def table_uses(self) -> Sequence[TableUse]:
+        return [] if self.table is None else [TableUse("table", self.table, self._pool)]
 
     def cost(self, d_model: int) -> Cost:
         retrieval = retrieval_cost(d_model, self.experts, self.heads, self.d_key, self.shared_keys, self.query_norm)
-        row = d_model * (3 if self.gated else 2)
-        active = self.heads * self.experts_per_head * row
-        size = 2 if self.table_dtype == "bfloat16" else 4
-        return retrieval + Cost(self.experts * row, active, 2 * active, size * active)
+        own = self._pool.parameters(d_model) if self.table is None else 0
+        active = self.heads * self.experts_per_head * len(self._pool.parts) * d_model
+        return retrieval + Cost(own, active, 2 * active, bytes_of(self.table_dtype) * active)
 
     @classmethod
     def examples(cls) -> Sequence[Self]:
@@ -89,15 +102,25 @@ class PEERConfig(FFNConfig):
 
 
 class PEER(FFN):
-    def __init__(self, config: PEERConfig, d_model: int) -> None:
+    def __init__(self, config: PEERConfig, d_model: int, tables: Tables) -> None:
         super().__init__()
         self.config = config
         self.queries = Queries(d_model, config.heads, config.d_key, config.query_norm)
         self.keys = new_keys(config.experts, config.heads, config.d_key, config.shared_keys)
-        dtype = torch.bfloat16 if config.table_dtype == "bfloat16" else None
-        self.experts_down = _table(config.experts, d_model, dtype)
-        self.experts_up = _table(config.experts, d_model, dtype)
-        self.experts_gate = _table(config.experts, d_model, dtype) if config.gated else None
+        self.shared = borrow(tables, config.table)
+        own = (config.experts, d_model, config.table_dtype)
+        self.experts_down = new_table(*own) if self.shared is None else None
+        self.experts_up = new_table(*own) if self.shared is None else None
+        self.experts_gate = new_table(*own) if self.shared is None and config.gated else None
+
+    def tables(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The experts' rows: down, up and, of gated experts, gate."""
+        if self.shared is not None:
+            gate = self.shared.part("gate") if self.config.gated else None
+            return self.shared.part("down"), self.shared.part("up"), gate
+        assert self.experts_down is not None
+        assert self.experts_up is not None
+        return self.experts_down, self.experts_up, self.experts_gate
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None, with_routing: bool = False) -> FFNOutput:
         config = self.config
@@ -109,15 +132,10 @@ class PEER(FFN):
             x_TD,
             ids_TA,
             F.dropout(weights_TA, config.dropout, self.training),
-            self.experts_down,
-            self.experts_up,
-            self.experts_gate,
+            *self.tables(),
             activation=config.activation,
         )
-        routing: tuple[Routing, ...] = ()
-        if with_routing:
-            shape = (*x.shape[:-1], ids_TA.shape[-1])
-            routing = (Routing(ids_TA.view(shape), weights_TA.detach().view(shape), config.experts, config.heads),)
+        routing = (routing_of(x, ids_TA, weights_TA, config.experts, config.heads),) if with_routing else ()
         return FFNOutput(y_TD.view_as(x), no_loss(x), load, routing)
 
     def after_step(self, load: Mapping[str, Tensor]) -> None:
@@ -129,9 +147,3 @@ class PEER(FFN):
             name: "table" if name.startswith("experts_") else "matrix" if name in matrices else "vector"
             for name, _ in self.named_parameters()
         }
-
-
-def _table(experts: int, d_model: int, dtype: torch.dtype | None) -> nn.Parameter:
-    """Rows with a standard deviation of d_model**-0.5: normalised inputs give hidden values of order one."""
-    table = nn.Parameter(in_large_pages(torch.empty(experts, d_model, dtype=dtype)))
-    return nn.init.normal_(table, std=d_model**-0.5)  # pyright: ignore[reportReturnType]

@@ -5,31 +5,44 @@ Legend: `T` tokens, `H` heads, `P` = 2 halves, `Q` width of a half (d_key), `K` 
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
-from myriad.config import ConfigError
+from myriad.config import ConfigError, Count
 from myriad.distributed import all_reduce_sum, world_size
-from myriad.ffn.base import Cost
+from myriad.ffn.base import Cost, Routing
 from myriad.kernels import product_key
 
 QueryNorm = Literal["batch", "layer", "rms", "none"]
 Router = Literal["softmax", "sigmoid", "relu"]
 
 
-def side_of(experts: int) -> int:
-    """The sub-keys of each half for a number of experts.
+def side_of(rows: int) -> int:
+    """The sub-keys of each half for a number of experts or memories.
 
     Raises:
         ConfigError: the number is not a square; the text names the nearest ones.
     """
-    side = math.isqrt(experts)
-    if side * side != experts:
+    side = math.isqrt(rows)
+    if side * side != rows:
         low, high = f"{side}**2 = {side**2}", f"{side + 1}**2 = {(side + 1) ** 2}"
-        raise ConfigError(f"experts must be a square for product keys; nearest to {experts}: {low} and {high}")
+        raise ConfigError(f"product keys need a square; nearest to {rows}: {low} and {high}")
     return side
+
+
+def _square(rows: int) -> int:
+    try:
+        side_of(rows)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+    return rows
+
+
+Square = Annotated[Count, Field(ge=1), AfterValidator(_square)]
+"""A number of rows that product keys can find."""
 
 
 class BatchNorm(nn.Module):
@@ -141,12 +154,12 @@ class Queries(nn.Module):
             self.norm.update(load)
 
 
-def new_keys(experts: int, heads: int, d_key: int, shared: bool) -> nn.Parameter:
+def new_keys(rows: int, heads: int, d_key: int, shared: bool) -> nn.Parameter:
     """Sub-keys of shape (2, side, d_key), or (heads, 2, side, d_key) where each head has its own.
 
     Normal with a standard deviation of d_key**-0.5, so that normalised queries give scores of order one.
     """
-    shape = (2, side_of(experts), d_key)
+    shape = (2, side_of(rows), d_key)
     keys = nn.Parameter(torch.empty(shape if shared else (heads, *shape)))
     return nn.init.normal_(keys, std=d_key**-0.5)  # pyright: ignore[reportReturnType]
 
@@ -159,14 +172,20 @@ def router_weights(scores_THK: Tensor, router: Router) -> Tensor:
 
 
 def retrieve(q_THPQ: Tensor, keys: Tensor, k: int, router: Router) -> tuple[Tensor, Tensor]:
-    """Each token's experts over all heads: ids and weights of shape (T, A)."""
+    """Each token's rows over all heads: ids and weights of shape (T, A)."""
     scores_THK, ids_THK = product_key(q_THPQ, keys, k)
     return ids_THK.flatten(1), router_weights(scores_THK, router).flatten(1)
 
 
-def retrieval_cost(d_model: int, experts: int, heads: int, d_key: int, shared: bool, norm: QueryNorm) -> Cost:
+def routing_of(x: Tensor, ids_TA: Tensor, weights_TA: Tensor, rows: int, heads: int) -> Routing:
+    """What each head retrieved for inputs of shape (..., D), in their leading shape."""
+    shape = (*x.shape[:-1], ids_TA.shape[-1])
+    return Routing(ids_TA.view(shape), weights_TA.detach().view(shape), rows, heads)
+
+
+def retrieval_cost(d_model: int, rows: int, heads: int, d_key: int, shared: bool, norm: QueryNorm) -> Cost:
     """Queries, their normalization, and scores against every sub-key of both halves."""
-    side = side_of(experts)
+    side = side_of(rows)
     query = Cost.of_matrix(d_model, heads * 2 * d_key)
     gains = {"batch": 2 * heads * 2 * d_key, "layer": 2 * 2 * d_key, "rms": 2 * d_key, "none": 0}[norm]
     key_parameters = 2 * side * d_key * (1 if shared else heads)

@@ -13,6 +13,7 @@ from myriad.config import register
 from myriad.ffn.base import FFN, Cost, FFNConfig, FFNOutput, Role
 from myriad.ffn.dense import DenseConfig
 from myriad.ffn.peer import PEERConfig
+from myriad.ffn.tables import NO_TABLES, Tables, TableUse
 
 
 @register
@@ -24,7 +25,17 @@ class StackConfig(FFNConfig):
     """The layers, first to last."""
 
     def build(self, d_model: int) -> "Stack":
-        return Stack(self, d_model)
+        return self.build_sharing(d_model, NO_TABLES)
+
+    def build_sharing(self, d_model: int, tables: Tables) -> "Stack":
+        return Stack(self, d_model, tables)
+
+    def table_uses(self) -> Sequence[TableUse]:
+        return [
+            use._replace(field=f"layers.{index}.{use.field}")
+            for index, layer in enumerate(self.layers)
+            for use in layer.table_uses()
+        ]
 
     def cost(self, d_model: int) -> Cost:
         norms = Cost.of_vector(d_model * (len(self.layers) - 1))
@@ -39,10 +50,10 @@ class StackConfig(FFNConfig):
 class Stack(FFN):
     """The block has normalised the first layer's input; the others get an RMSNorm of their own."""
 
-    def __init__(self, config: StackConfig, d_model: int) -> None:
+    def __init__(self, config: StackConfig, d_model: int, tables: Tables) -> None:
         super().__init__()
         self.config = config
-        self.layers = nn.ModuleList(layer.build(d_model) for layer in config.layers)
+        self.layers = nn.ModuleList(layer.build_sharing(d_model, tables) for layer in config.layers)
         self.norms = nn.ModuleList(nn.RMSNorm(d_model) for _ in config.layers[1:])
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None, with_routing: bool = False) -> FFNOutput:

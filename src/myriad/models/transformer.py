@@ -4,6 +4,7 @@
 - rotary positions; grouped-query heads and query-key normalization if asked for
 - input and output embedding tied unless told otherwise
 - `ffns` names the feed-forward layers, `pattern` places them: it is repeated over the blocks
+- `tables` names those that layers share
 """
 
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from myriad.config import nearest, register
 from myriad.ffn import FFN, Cost, DenseConfig, FFNConfig, FFNOutput, Role
+from myriad.ffn.tables import SharedTable, TableConfig, Tables, refuse_misfits
 from myriad.models.attention import Attention, attention_cost, attention_mask
 from myriad.models.base import Cache, LanguageModel, LMOutput, ModelConfig
 from myriad.models.loss import chunked_cross_entropy
@@ -51,6 +53,8 @@ class TransformerConfig(ModelConfig):
     """Feed-forward layers by name."""
     pattern: list[str] = Field(default=["dense"], min_length=1, max_length=10_000)
     """Names of `ffns`, block by block, repeated over the blocks."""
+    tables: dict[str, TableConfig] = {}
+    """Tables by name that layers share; a layer names one in its field `table`."""
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
@@ -67,6 +71,12 @@ class TransformerConfig(ModelConfig):
         for name in self.ffns:
             if name not in self.placement:
                 raise ValueError(f"ffns.{name} is placed in no block: pattern is {self.pattern} over {self.layers}")
+        return self
+
+    @model_validator(mode="after")
+    def _tables_fit(self) -> Self:
+        uses = {f"ffns.{ffn}.{use.field}": use for ffn, config in self.ffns.items() for use in config.table_uses()}
+        refuse_misfits(self.tables, uses, self.d_model)
         return self
 
     @property
@@ -95,7 +105,8 @@ class TransformerConfig(ModelConfig):
         # An embedding is looked up: one of its rows takes part.
         size = self.d_model * self.vocabulary
         embedding = Cost() if self.tie_embeddings else Cost(size, self.d_model, 0, 4 * self.d_model)
-        return reduce(add, blocks) + head + embedding + Cost.of_vector(self.d_model)
+        shared = Cost(sum(table.parameters(self.d_model) for table in self.tables.values()))
+        return reduce(add, blocks) + head + embedding + shared + Cost.of_vector(self.d_model)
 
 
 class BlockOutput(NamedTuple):
@@ -106,13 +117,13 @@ class BlockOutput(NamedTuple):
 class Block(nn.Module):
     """Attention and one feed-forward layer, each on the normalised residual stream."""
 
-    def __init__(self, config: TransformerConfig, layer: int) -> None:
+    def __init__(self, config: TransformerConfig, layer: int, tables: Tables) -> None:
         super().__init__()
         sizes = (config.d_model, config.heads, config.key_value_heads, config.head_width)
         self.attention_norm = nn.RMSNorm(config.d_model)
         self.attention = Attention(*sizes, config.qk_norm, layer)
         self.ffn_norm = nn.RMSNorm(config.d_model)
-        self.ffn: FFN = config.ffns[config.placement[layer]].build(config.d_model)
+        self.ffn: FFN = config.ffns[config.placement[layer]].build_sharing(config.d_model, tables)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
@@ -136,7 +147,11 @@ class Transformer(LanguageModel):
         self.config: TransformerConfig = config  # pyright: ignore[reportIncompatibleVariableOverride]
         self.embedding = nn.Embedding(config.vocabulary, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        tables = {name: SharedTable(table, config.d_model) for name, table in config.tables.items()}
+        self.tables = nn.Module()  # a ModuleDict could hold none of the name `values`
+        for name, table in tables.items():
+            self.tables.add_module(name, table)
+        self.blocks = nn.ModuleList(Block(config, layer, tables) for layer in range(config.layers))
         self.norm = nn.RMSNorm(config.d_model)
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocabulary, bias=False)
         nn.init.normal_(self.embedding.weight, std=0.02)
@@ -191,6 +206,7 @@ class Transformer(LanguageModel):
         roles: dict[str, Role] = {
             name: "matrix" if parameter.ndim == 2 else "vector" for name, parameter in self.named_parameters()
         }
+        roles |= {f"tables.{name}": "table" for name, _ in self.tables.named_parameters()}
         for index, block in enumerate(self.blocks):
             assert isinstance(block, Block)
             roles |= {f"blocks.{index}.ffn.{name}": role for name, role in block.ffn.roles().items()}

@@ -32,7 +32,7 @@ NAMES = {
 }
 """Our parameters -> theirs."""
 
-ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
+ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "none": nn.Identity}
 
 
 @cache
@@ -58,7 +58,7 @@ def their_layer(layer: PEER, *, share: bool = False) -> nn.Module:
     """
     from PEER_pytorch import PEER as TheirPEER
 
-    config, d_model = layer.config, layer.experts_down.shape[1]
+    config, d_model = layer.config, layer.queries.proj.in_features
     _check(config)
     with torch.device("meta"):  # their own initial values would take memory and time
         theirs = TheirPEER(
@@ -98,6 +98,7 @@ def _check(config: PEERConfig) -> None:
         ("shared_keys", not config.shared_keys),
         ("query_norm", config.query_norm == "none"),
         ("gated", not config.gated),
+        ("table", config.table is None),
         ("router", config.router == "softmax" or one_relu),
     ):
         if not equal:
