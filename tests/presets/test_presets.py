@@ -14,6 +14,8 @@ TWINS = [
     ("demo-peer", "demo-dense"),
     ("demo-token-choice", "demo-dense"),
     ("demo-expert-choice", "demo-dense"),
+    ("demo-product-key-memory", "demo-dense"),
+    ("demo-memory-plus", "demo-dense"),
     ("peer-256x256", "dense-256x256"),
     ("peer-512x512", "dense-512x512"),
     ("enwik8-peer", "enwik8-dense"),
@@ -48,9 +50,14 @@ def test_the_model_has_the_parameters_that_its_cost_says(name):
 def test_twins_cost_the_same_and_differ_in_nothing_but_their_layers(sparse, dense):
     mine, theirs = model_of(sparse).cost().flops, model_of(dense).cost().flops
     assert mine == pytest.approx(theirs, rel=1e-3)
-    ffns = {"ffns", "pattern"}
+    ffns = {"ffns", "pattern", "tables"}
     assert model_of(sparse).model_dump(exclude=ffns) == model_of(dense).model_dump(exclude=ffns)
     assert presets.get(sparse).model_dump(exclude={"model"}) == presets.get(dense).model_dump(exclude={"model"})
+
+
+@pytest.mark.parametrize("name", ["demo-product-key-memory", "demo-memory-plus"])
+def test_the_demos_memories_cost_what_its_peer_does_to_the_last_operation(name):
+    assert model_of(name).cost().flops == model_of("demo-peer").cost().flops
 
 
 @pytest.mark.parametrize("name", ["peer-256x256", "peer-512x512"])

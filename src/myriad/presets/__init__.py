@@ -11,6 +11,8 @@ _PRESETS: dict[str, Callable[[], RunConfig]] = {
     "demo-dense": demo.dense,
     "demo-token-choice": demo.token_choice,
     "demo-expert-choice": demo.expert_choice,
+    "demo-product-key-memory": demo.product_key_memory,
+    "demo-memory-plus": demo.memory_plus,
     "peer-256x256": wikitext.peer_256,
     "dense-256x256": wikitext.dense_256,
     "peer-512x512": wikitext.peer_512,
