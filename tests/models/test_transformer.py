@@ -4,11 +4,12 @@ import torch.nn.functional as F
 
 from myriad.config import ConfigError, validate
 from myriad.evaluate import batch_leak, future_leak
-from myriad.ffn import DenseConfig, PEERConfig, StackConfig
+from myriad.ffn import DenseConfig, PEERConfig, ProductKeyMemoryConfig, StackConfig, TableConfig
 from myriad.models import KVCache, ModelConfig, TransformerConfig, build
 from tiny import tiny_model
 
 PEER = PEERConfig(experts=64, heads=2, experts_per_head=4, d_key=8)
+MEMORY = ProductKeyMemoryConfig.memory_plus(memories=64, heads=2, memories_per_head=4, d_key=8, table="values")
 CONFIGS = {
     "peer": tiny_model(vocab_size=50),
     "mixed": tiny_model(
@@ -16,6 +17,9 @@ CONFIGS = {
     ),
     "grouped": tiny_model(vocab_size=50, heads=4, kv_heads=2, qk_norm=True, tie_embeddings=False, head_dim=6),
     "stack": tiny_model(vocab_size=50, ffns={"two": StackConfig(layers=[PEER, PEER])}, pattern=["two"]),
+    "shared": tiny_model(
+        vocab_size=50, ffns={"memory": MEMORY}, pattern=["memory"], tables={"values": TableConfig(rows=64)}
+    ),
 }
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 

@@ -96,7 +96,7 @@ class PEERConfig(FFNConfig):
             small(),
             small(shared_keys=False, query_norm="layer", router="sigmoid", activation="silu"),
             small(gated=True, query_norm="rms", router="relu", activation="relu"),
-            small(query_norm="none", router="sigmoid", dropout=0.1, experts_per_head=1, heads=3),
+            small(query_norm="none", router="sigmoid", activation="none", dropout=0.1, experts_per_head=1, heads=3),
             small(table_dtype="bfloat16"),
         ]
 
