@@ -148,6 +148,14 @@ def test_cost_equals_the_built_model(config: FFNConfig):
 
 
 @every_case
+def test_a_layer_that_chooses_experts_counts_what_choosing_costs(config: FFNConfig):
+    cost = config.cost(D)
+    chooses = bool(built(config)(torch.randn(3, D, dtype=torch.float64), with_routing=True).routing)
+    assert (cost.routing > 0) == chooses
+    assert 0 <= cost.routing < cost.flops
+
+
+@every_case
 def test_config_round_trip(config: FFNConfig):
     raw = config.model_dump(mode="json")
     assert validate(FFNConfig, raw) == config

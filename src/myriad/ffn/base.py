@@ -30,6 +30,8 @@ class Cost(NamedTuple):
     and selections are not counted."""
     bytes: int = 0
     """Bytes of parameters that one token's forward reads when it is computed alone."""
+    routing: int = 0
+    """Those of the `flops` that choose experts rather than compute with them: a router's, or a retrieval's."""
 
     def __add__(self, other: "Cost") -> "Cost":  # pyright: ignore[reportIncompatibleMethodOverride]
         return Cost(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
@@ -44,6 +46,10 @@ class Cost(NamedTuple):
     def of_vector(cls, size: int) -> "Cost":
         """A gain, a bias or another parameter that is used pointwise."""
         return cls(size, size, 0, 4 * size)
+
+    def as_routing(self) -> "Cost":
+        """This cost as that of choosing experts."""
+        return self._replace(routing=self.flops)
 
 
 class Routing(NamedTuple):

@@ -190,4 +190,4 @@ def retrieval_cost(d_model: int, rows: int, heads: int, d_key: int, shared: bool
     gains = {"batch": 2 * heads * 2 * d_key, "layer": 2 * 2 * d_key, "rms": 2 * d_key, "none": 0}[norm]
     key_parameters = 2 * side * d_key * (1 if shared else heads)
     keys = Cost(key_parameters, key_parameters, 2 * heads * 2 * side * d_key, 4 * key_parameters)
-    return query + Cost.of_vector(gains) + keys
+    return (query + Cost.of_vector(gains) + keys).as_routing()
