@@ -268,6 +268,15 @@ def _set(tree: Any, path: str, value: Any) -> None:
             tree = tree[place]
 
 
+def first_difference(mine: object, theirs: object, path: str = "") -> str:
+    """The first place where two nested settings differ, and what stands there in each."""
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        for key in sorted({*mine, *theirs}):
+            if mine.get(key) != theirs.get(key):
+                return first_difference(mine.get(key), theirs.get(key), f"{path}.{key}" if path else str(key))
+    return f"{path + ': ' if path else ''}{json.dumps(mine)} instead of {json.dumps(theirs)}"
+
+
 def json_schema(config_class: type[Config]) -> dict[str, Any]:
     """The JSON schema of a config, with every registered kind of every family in it."""
     families = {family.__name__: family for family in Variant.__subclasses__()}

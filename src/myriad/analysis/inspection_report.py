@@ -7,7 +7,7 @@ from pathlib import Path
 from myriad.analysis.heads import LayerHeads
 from myriad.analysis.inspection import Inspection
 from myriad.analysis.plots import expert_usage, head_overlap, router_entropy, weight_by_rank
-from myriad.analysis.report import describe_usage, draw_picture, now, number, page_template, percent, write_page
+from myriad.analysis.report import describe_usage, draw_picture, number, percent, render
 from myriad.analysis.routing import LayerUsage
 from myriad.checkpoint import naming
 
@@ -32,15 +32,15 @@ def write_inspection(folder: Path, found: Inspection, command: str) -> None:
         head_overlap(heads, folder / "overlap.png")
         content = found.record() | {"command": command}
         (folder / "routing.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-        write_page(folder / "report.html", render(found, command))
+        _write_page(folder / "report.html", found, command)
 
 
-def render(found: Inspection, command: str) -> str:
-    """The page: self-contained, without scripts."""
+def _write_page(path: Path, found: Inspection, command: str) -> None:
     usages, heads = _parts(found)
-    return page_template("inspection.html.jinja").render(
+    render(
+        path,
+        "inspection.html.jinja",
         title=f"Routing of {found.run}",
-        date=now(),
         verdicts=[describe(found)],
         found=found,
         usages=usages,

@@ -1,4 +1,4 @@
-"""Figures as PNG: losses against tokens, of one run and of several, and how a model uses and weights its experts.
+"""Figures as PNG: losses against tokens and against compute, and how a model uses and weights its experts.
 
 The only importer of matplotlib, through its object-oriented interface: no window, no global figure. Every figure
 comes in a light and a dark look, and with its panels side by side or stacked for narrow screens.
@@ -7,7 +7,7 @@ comes in a light and a dark look, and with its panels side by side or stacked fo
 import io
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +17,9 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from myriad.analysis.compare import Curve
+from myriad.analysis.compare import Course, Curve
 from myriad.analysis.heads import LayerHeads
 from myriad.analysis.routing import LayerUsage
 
@@ -46,13 +46,16 @@ class Theme(NamedTuple):
     faint: str
     grid: str
     paper: str
-    runs: tuple[str, str, str, str]
+    runs: tuple[str, ...]
     depths: tuple[float, float]
     """The part of the color map that layers, shallow to deep, are drawn in."""
 
 
-LIGHT = Theme("#1f2933", "#616e7c", "#e4e7eb", "#ffffff", ("#0072b2", "#d55e00", "#009e73", "#aa4499"), (0.0, 0.82))
-DARK = Theme("#e4e7eb", "#9aa5b1", "#323f4b", "#171c22", ("#56b4e9", "#f0934e", "#3ccf9f", "#d99ac5"), (0.3, 1.0))
+MARKERS = "os^DvPX*"
+LIGHT_RUNS = ("#0072b2", "#d55e00", "#009e73", "#aa4499", "#8c6d00", "#3d9bd1", "#5a3fa0", "#6b7280")
+DARK_RUNS = ("#56b4e9", "#f0934e", "#3ccf9f", "#d99ac5", "#e3c94f", "#9fd8f5", "#a99af0", "#aab2bd")
+LIGHT = Theme("#1f2933", "#616e7c", "#e4e7eb", "#ffffff", LIGHT_RUNS, (0.0, 0.82))
+DARK = Theme("#e4e7eb", "#9aa5b1", "#323f4b", "#171c22", DARK_RUNS, (0.3, 1.0))
 
 
 def loss_curves(
@@ -86,9 +89,86 @@ def loss_curves(
     return _to_png(figure, path)
 
 
+def loss_against_flops(
+    courses: Sequence[Course], path: str | Path | None = None, *, dark: bool = False, stacked: bool = False
+) -> bytes:
+    """Bits per byte against compute: validation while training, and held-out text at the end by size of the model.
+
+    In the second panel a line joins the contenders of one budget (isoFLOP curves where budgets are FLOPs); bars are
+    standard deviations over seeds.
+
+    Args:
+        courses: the contenders, in the order of their colors.
+        path: where to write the figure too.
+        dark: for a dark page.
+        stacked: one panel above the other, for narrow screens.
+
+    Returns:
+        A PNG.
+    """
+    theme = DARK if dark else LIGHT
+    figure = _new_figure(theme, stacked, panels=2)
+    training, held_out = figure.subplots(*((2, 1) if stacked else (1, 2)))
+    _style(training, theme, "While training: validation", "training FLOPs", "bits per byte")
+    _style(held_out, theme, "At the end: held-out text", "parameters", "bits per byte")
+    for index, course in enumerate(courses):
+        look = _look(theme, index)
+        for place, (flops, bits) in enumerate(course.validation):
+            training.plot(flops, bits, label=None if place else course.name, **look)
+        _draw_results(held_out, course, look)
+    _join_budgets(held_out, courses, theme)
+    _limit_courses(training, courses, theme)
+    several = max((len(each.validation) for each in courses), default=0) > 1
+    if several:
+        _in_decades(training)
+    training.xaxis.set_major_formatter(EngFormatter(sep=""))
+    held_out.margins(x=0.35 if several else 0.1)  # room for the names of the budgets
+    _finish(training, theme, "nothing recorded")
+    _finish(held_out, theme, "nothing measured")
+    return _to_png(figure, path)
+
+
+def _draw_results(axes: Axes, course: Course, look: Mapping[str, Any]) -> None:
+    """A mark for each budget, with a bar of two standard deviations in all."""
+    for place, result in enumerate(course.results):
+        label = None if place else course.name
+        style = {"color": look["color"], "marker": look["marker"], "markersize": 6, "capsize": 3, "zorder": 3}
+        axes.errorbar(course.parameters, result.bits, result.deviation or None, linestyle="", label=label, **style)
+
+
+def _join_budgets(axes: Axes, courses: Sequence[Course], theme: Theme) -> None:
+    """A line from the smallest model to the largest for each budget, which it names where there are several."""
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for course in courses:
+        for result in course.results:
+            lines.setdefault(result.budget, []).append((course.parameters, result.bits))
+    for budget, points in lines.items():
+        sizes, bits = zip(*sorted(points), strict=True)
+        axes.plot(sizes, bits, color=theme.faint, linewidth=0.9, linestyle=":", zorder=1)
+        if len(lines) > 1:
+            place = {"xytext": (-8, 0), "textcoords": "offset points", "ha": "right", "va": "center"}
+            axes.annotate(budget, (sizes[0], bits[0]), color=theme.faint, fontsize=8, **place)
+    if lines:
+        _in_decades(axes)
+
+
+def _in_decades(axes: Axes) -> None:
+    """A logarithmic axis of counts, with three numbers a decade."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _limit_courses(axes: Axes, courses: Sequence[Course], theme: Theme) -> None:
+    bits = [values for course in courses for _, values in course.validation]
+    _limit(axes, np.concatenate([[], *bits]), np.concatenate([[], *(values[1:] or values for values in bits)]), theme)
+
+
 def _look(theme: Theme, index: int) -> dict[str, Any]:
     """How a run is drawn. A dashed line lets the run show on which it lies."""
-    color, dashes, marker = theme.runs[index % 4], ("-", (0, (3, 1.2)))[index % 2], "os^D"[index % 4]
+    color, marker = theme.runs[index % len(theme.runs)], MARKERS[index % len(MARKERS)]
+    dashes = ("-", (0, (3, 1.2)))[index % 2]
     return {"color": color, "linestyle": dashes, "marker": marker, "markersize": 4.5, "linewidth": 1.8}
 
 

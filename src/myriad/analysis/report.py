@@ -1,4 +1,7 @@
-"""One self-contained page on one or several trained runs: no script, nothing fetched, figures inside."""
+"""One self-contained page on one or several trained runs: no script, nothing fetched, figures inside.
+
+`render`, `picture`, `origins` and the forms of numbers serve other pages too (analysis/compare/page.py).
+"""
 
 import base64
 import math
@@ -79,28 +82,33 @@ def write_report(
         corpus: from `describe_corpus`.
         commands: which the reader types to make all of this again.
     """
-    routed = {name: layers for name, layers in usages.items() if layers}
-    html = page_template("report.html.jinja").render(
+    render(
+        path,
+        "report.html.jinja",
         title=title,
         verdicts=summary(contenders),
-        contenders=contenders,
+        names=[run.name for run in contenders],
         comparisons=_comparison(contenders),
         losses=draw_picture(loss_curves, curves, _describe_curves(curves)),
-        usages=[
-            (name, layers, draw_picture(expert_usage, layers, describe_usage(layers)))
-            for name, layers in routed.items()
-        ],
+        usages=picture_usages(usages),
         samples=samples,
         corpus=corpus,
         commands=commands,
-        origins=_origins(contenders),
-        date=now(),
+        origins=origins([[run] for run in contenders]),
+        settings={run.name: run.run for run in contenders},
     )
-    write_page(path, html)
 
 
-def write_page(path: str | Path, html: str) -> None:
-    """Write a page, whole or not at all."""
+def render(path: str | Path, template: str, **content: Any) -> None:
+    """Write a page as one HTML file, whole or not at all.
+
+    Args:
+        path: the file.
+        template: its name in this folder.
+        content: what the template names.
+    """
+    date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    html = _templates().get_template(template).render(date=date, **content)
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(html, encoding="utf-8", errors="replace")  # a model's text may hold half a surrogate pair
@@ -123,8 +131,8 @@ def describe_corpus(store: Store) -> dict[str, Any]:
     }
 
 
-def page_template(name: str) -> jinja2.Template:
-    """A template of this folder, with the forms of numbers that pages have."""
+def _templates() -> jinja2.Environment:
+    """Those of this folder, with the forms of numbers that pages have."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("myriad.analysis", ""),
         autoescape=True,
@@ -139,12 +147,7 @@ def page_template(name: str) -> jinja2.Template:
         "percent": percent,
         "visible": visible,
     }
-    return environment.get_template(name)
-
-
-def now() -> str:
-    """The moment, as pages show it."""
-    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return environment
 
 
 def number(value: float | None) -> str:
@@ -223,19 +226,23 @@ def _comparison(contenders: Sequence[Contender]) -> list[Group]:
     return [Group("Cost", cost), Group("Training", training), Group("Held-out text", held_out)]
 
 
-def _origins(contenders: Sequence[Contender]) -> list[Group]:
-    """On what the runs were made; where the sessions of one run differ, all that they recorded."""
+def origins(groups: Sequence[Sequence[Contender]]) -> list[Group]:
+    """On what the runs were made; where those of a group or their sessions differ, all that they recorded.
+
+    Args:
+        groups: the runs of each column.
+    """
 
     def row(label: str, show: Callable[[dict[str, Any]], Any]) -> Row:
-        return Row(label, "", [_distinct(show(session) for session in run.sessions) for run in contenders])
+        return Row(label, "", [_distinct(show(session) for run in runs for session in run.sessions) for runs in groups])
 
     def versions(session: dict[str, Any]) -> str:
         return ", ".join(f"{name} {version}" for name, version in session.get("versions", {}).items())
 
     rows = [
-        Row("Config", "digest", [run.digest for run in contenders]),
-        Row("Seed", "", [str(run.run.seed) for run in contenders]),
-        Row("Sessions", "", [str(len(run.sessions)) for run in contenders]),
+        Row("Config", "digest", [_distinct(run.digest for run in runs) for runs in groups]),
+        Row("Seed", "", [_distinct(str(run.run.seed) for run in runs) for runs in groups]),
+        Row("Sessions", "", [str(sum(len(run.sessions) for run in runs)) for runs in groups]),
         row("Started", lambda session: session.get("time")),
         row("Hardware", lambda session: session.get("device")),
         row("Threads", lambda session: session.get("threads")),
@@ -253,6 +260,17 @@ def _distinct(values: Any) -> str:
 def _flat(value: Any) -> Any:
     """A mapping as words; kernels may be one name or one for every op."""
     return ", ".join(f"{key}: {name}" for key, name in value.items()) if isinstance(value, Mapping) else value
+
+
+def picture_usages(
+    usages: Mapping[str, Sequence[LayerUsage]],
+) -> list[tuple[str, Sequence[LayerUsage], Picture]]:
+    """Name, layers and figure of each run that has routed layers."""
+    return [
+        (name, layers, draw_picture(expert_usage, layers, describe_usage(layers)))
+        for name, layers in usages.items()
+        if layers
+    ]
 
 
 def draw_picture(draw: Callable[..., bytes], content: Sequence[Any], alt: str) -> Picture:

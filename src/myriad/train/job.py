@@ -27,6 +27,10 @@ from myriad.train.replica import Replica
 from myriad.train.run import RunConfig
 
 
+class DivergedError(RunError):
+    """The numbers of a run broke: its loss stays infinite or undefined, or its weights are."""
+
+
 @dataclass
 class Progress:
     """How far a run is: the counters of a checkpoint, all of them plain values."""
@@ -87,7 +91,8 @@ def save(job: Job) -> None:
     The first process writes; the others, which hold the same, go on to the next exchange and wait there.
 
     Raises:
-        RunError: the weights are not finite, or a file cannot be written; earlier checkpoints are as they were.
+        DivergedError: the weights are not finite; earlier checkpoints are as they were.
+        RunError: a file cannot be written; so are they then.
     """
     _refuse_broken(job)
     job.saved_step = job.progress.step
@@ -121,7 +126,8 @@ def _refuse_broken(job: Job) -> None:
     try:
         checkpoint.refuse_broken_weights(job.model, f"stopped at step {job.progress.step}")
     except CheckpointError as error:
-        raise RunError(f"{error}; the last checkpoint is kept. A lower optim.lr or optim.table_lr may help") from None
+        advice = "the last checkpoint is kept. A lower optim.lr or optim.table_lr may help"
+        raise DivergedError(f"{error}; {advice}") from None
 
 
 def publish(job: Job, newest: Path) -> None:

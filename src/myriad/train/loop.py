@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from myriad import distributed
-from myriad.config import RunError
 from myriad.evaluate import Perplexity, check_causality, evaluate
-from myriad.train.job import Job, Progress, save
+from myriad.train.job import DivergedError, Job, Progress, save
 from myriad.train.optim import clip_gradients
 from myriad.train.precision import autocast
 from myriad.train.record import Record
@@ -182,7 +181,8 @@ def train(job: Job, tell: Callable[[Record], None]) -> Outcome:
         tell: takes the record of every step and of every validation.
 
     Raises:
-        RunError: the loss stays infinite, or the model sees the future.
+        DivergedError: the loss stays infinite, or the weights became so.
+        RunError: the model sees the future, or a checkpoint cannot be written.
     """
     run, progress = job.run, job.progress
     _refuse_leaks(job)
@@ -192,7 +192,7 @@ def train(job: Job, tell: Callable[[Record], None]) -> Outcome:
         while progress.step < job.steps and not _stops_early(job) and not _must_stop(job):
             tell(train_step(job))
             if progress.skipped_in_a_row >= run.train.max_skipped:
-                raise RunError(_divergence(job))
+                raise DivergedError(_divergence(job))
             if due(progress.step, run.evaluation.every, job.steps):
                 tell(validate(job))
             if _must_stop(job) or _save_is_due(job):

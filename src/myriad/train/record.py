@@ -121,6 +121,24 @@ class Silent:
         pass
 
 
+class Numbers:
+    """The newest figures of a run, in a few words."""
+
+    def __init__(self) -> None:
+        self.loss = self.speed = self.validation = ""
+
+    def take(self, record: Record) -> None:
+        if record["kind"] == "train":
+            self.loss = f"loss {record['loss']:.3f}"
+            speed = record["tokens_per_second"]  # None where the clock stood still
+            self.speed = "" if speed is None else f"{speed:,.0f} tok/s"
+        else:
+            self.validation = f"val {record['loss']:.3f} ({record['bits_per_byte']:.3f} bpb)"
+
+    def __str__(self) -> str:
+        return "  ".join(filter(None, (self.loss, self.speed, self.validation)))
+
+
 class Terminal:
     """A live bar on a terminal; elsewhere a line at each validation."""
 
@@ -138,7 +156,7 @@ class Terminal:
             disable=not self._console.is_terminal,
         )
         self._task = self._progress.add_task(title, total=None, numbers="")
-        self._numbers = {"loss": "", "speed": "", "validation": ""}
+        self._numbers = Numbers()
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -151,18 +169,12 @@ class Terminal:
         self._progress.update(self._task, completed=step, total=steps)
 
     def show(self, record: Record) -> None:
-        if record["kind"] == "train":
-            self._numbers["loss"] = f"loss {record['loss']:.3f}"
-            speed = record["tokens_per_second"]  # None where the clock stood still
-            self._numbers["speed"] = "" if speed is None else f"{speed:,.0f} tok/s"
-        else:
-            self._numbers["validation"] = f"val {record['loss']:.3f} ({record['bits_per_byte']:.3f} bpb)"
-            if not self._console.is_terminal:
-                step, loss, bits = record["step"], record["loss"], record["bits_per_byte"]
-                speed = f", {self._numbers['speed']}" if self._numbers["speed"] else ""
-                self.note(f"step {step}: validation loss {loss:.4f}, {bits:.4f} bits per byte{speed}")
-        numbers = "  ".join(text for text in self._numbers.values() if text)
-        self._progress.update(self._task, completed=record["step"], numbers=numbers)
+        self._numbers.take(record)
+        if record["kind"] == "validation" and not self._console.is_terminal:
+            step, loss, bits = record["step"], record["loss"], record["bits_per_byte"]
+            speed = f", {self._numbers.speed}" if self._numbers.speed else ""
+            self.note(f"step {step}: validation loss {loss:.4f}, {bits:.4f} bits per byte{speed}")
+        self._progress.update(self._task, completed=record["step"], numbers=str(self._numbers))
 
     def note(self, text: str) -> None:
         self._console.print(text, markup=False)

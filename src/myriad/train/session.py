@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from myriad import __version__, checkpoint, distributed, kernels
 from myriad.checkpoint import CheckpointError, naming
-from myriad.config import ConfigError, RunError, validate
+from myriad.config import ConfigError, RunError, first_difference, validate
 from myriad.data.store import Store
 from myriad.data.stream import Stream
 from myriad.ffn.base import ffn_configs
@@ -188,17 +188,8 @@ def _refuse_other_run(run: RunConfig, recorded: RunConfig, out: Path) -> None:
     for section in mine.keys() - set(MAY_CHANGE):
         if mine[section] != theirs[section]:
             raise ConfigError(
-                f"{section}: not as in the run that {out} holds ({_difference(mine[section], theirs[section])})"
+                f"{section}: not as in the run that {out} holds ({first_difference(mine[section], theirs[section])})"
             )
-
-
-def _difference(mine: object, theirs: object, path: str = "") -> str:
-    """The first place where two nested settings differ."""
-    if isinstance(mine, dict) and isinstance(theirs, dict):
-        for key in sorted({*mine, *theirs}):
-            if mine.get(key) != theirs.get(key):
-                return _difference(mine.get(key), theirs.get(key), f"{path}.{key}" if path else str(key))
-    return f"{path + ': ' if path else ''}{json.dumps(mine)} instead of {json.dumps(theirs)}"
 
 
 def _build_job(run: RunConfig, out: Path, store: Store, display: Display, newest: Path | None) -> Job:

@@ -56,12 +56,22 @@ def held_bytes(device: torch.device) -> int:
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     """The most that the process holds while something runs."""
+    reset_peak(device)
+    run()
+    return peak_since(device)
+
+
+def reset_peak(device: torch.device) -> None:
+    """Let the peak be counted from now on."""
     held_bytes(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
         (PROCESS / "clear_refs").write_text(RESET_PEAK)
-    run()
+
+
+def peak_since(device: torch.device) -> int:
+    """The most that the process has held since the last `reset_peak`."""
     wait_for(device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

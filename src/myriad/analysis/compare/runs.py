@@ -1,4 +1,4 @@
-"""Trained runs side by side: what each cost, what it reached, and which was better on held-out text.
+"""Single runs: what each cost, what it reached, and which of two was better on held-out text.
 
 Everything is read from run folders; an evaluation on held-out text is handed in. A figure that a run did not
 record, or that was not finite, is None.
@@ -12,6 +12,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+from myriad.analysis.compare.plan import EQUAL_FLOPS
+from myriad.analysis.peak_memory import recorded_peak
 from myriad.checkpoint import INDEX, intact_folder, read_json
 from myriad.config import validate
 from myriad.evaluate import Perplexity
@@ -22,8 +24,6 @@ from myriad.train.record import Record, read_records
 
 TIE = 0.005
 """Runs whose bits per byte differ by less than this share are called equal."""
-EQUAL_FLOPS = 0.01
-"""FLOPs per token that differ by less than this share are called equal."""
 
 
 class Curve(NamedTuple):
@@ -36,6 +36,26 @@ class Curve(NamedTuple):
     validation_tokens: list[int]
     validation_bits: list[float]
     """Bits per byte of the validation split."""
+
+
+class Result(NamedTuple):
+    """What a contender reached on one budget."""
+
+    budget: str
+    bits: float
+    """Bits per byte of held-out text, the mean over seeds."""
+    deviation: float | None
+    """Its standard deviation over seeds."""
+
+
+class Course(NamedTuple):
+    """A contender's losses against compute, on all budgets."""
+
+    name: str
+    parameters: int
+    validation: list[tuple[list[float], list[float]]]
+    """For each budget: the FLOPs spent so far, and bits per byte of the validation split, the mean over seeds."""
+    results: list[Result]
 
 
 @dataclass(frozen=True)
@@ -53,6 +73,7 @@ class Contender:
         best_validation_loss: the lowest, in nats per token.
         perplexity: what the model makes of the held-out text.
         split: which split of the store that text is.
+        peak_bytes: the most memory that training held.
     """
 
     name: str
@@ -65,6 +86,7 @@ class Contender:
     best_validation_loss: float | None
     perplexity: Perplexity
     split: str
+    peak_bytes: int | None = None
 
     @property
     def digest(self) -> str:
@@ -84,9 +106,11 @@ class Contender:
             "seed": self.run.seed,
             **{name: getattr(self.cost, name) for name in ("parameters", "active_parameters")},
             "flops_per_token": self.cost.flops,
+            "routing_flops_per_token": self.cost.routing,
             "training_tokens": self.training_tokens,
             "tokens_per_second": self.tokens_per_second,
             "seconds": self.seconds,
+            "peak_bytes": self.peak_bytes,
             "best_validation_loss": self.best_validation_loss,
             "split": self.split,
             "data_sha256": self.data_sha256,
@@ -125,6 +149,7 @@ def load_contender(run_folder: str | Path, name: str, perplexity: Perplexity, sp
         best_validation_loss=min(losses, default=None),
         perplexity=perplexity,
         split=split,
+        peak_bytes=recorded_peak(folder),
     )
 
 
@@ -197,18 +222,24 @@ def _outcome(a: Contender, b: Contender) -> str:
 
 def _conditions(a: Contender, b: Contender) -> str:
     """What the reader must know to weigh the outcome."""
-    parts = [_compare_flops(a, b)]
-    if a.training_tokens == b.training_tokens:
-        parts.append("equally many training tokens")
-    else:
-        parts.append(f"{a.training_tokens:,} against {b.training_tokens:,} training tokens")
+    parts = [compare_flops(a, b), compare_tokens(a, b)]
     mine, theirs = a.perplexity, b.perplexity
     if (mine.context, mine.stride) != (theirs.context, theirs.stride):
         parts.append("evaluations with unequal contexts or strides")
     return f"{', '.join(parts)}, and one seed each, so part of the difference may be chance"
 
 
-def _compare_flops(a: Contender, b: Contender) -> str:
+def compare_tokens(a: Contender, b: Contender) -> str:
+    """In words, how long two runs were trained."""
+    if a.training_tokens == b.training_tokens:
+        return "equally many training tokens"
+    spent = [run.cost.flops * run.training_tokens for run in (a, b)]
+    equal = ", of equal FLOPs" if min(spent) > (1 - EQUAL_FLOPS) * max(spent) else ""
+    return f"{a.training_tokens:,} against {b.training_tokens:,} training tokens{equal}"
+
+
+def compare_flops(a: Contender, b: Contender) -> str:
+    """In words, what the models of two runs cost."""
     ratio = a.cost.flops / b.cost.flops
     if abs(ratio - 1) < EQUAL_FLOPS:
         return f"equal FLOPs per token (ratio {ratio:.3f})"
