@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from myriad.analysis import plots
-from myriad.analysis.compare import Curve
+from myriad.analysis.compare import Course, Curve, Result
 from myriad.analysis.heads import LayerHeads
 from myriad.analysis.plots import (
     MAX_POINTS,
@@ -15,6 +15,7 @@ from myriad.analysis.plots import (
     extremes,
     head_overlap,
     learning_curve,
+    loss_against_flops,
     loss_curves,
     router_entropy,
     running_mean,
@@ -108,6 +109,43 @@ def test_extremes_keep_what_would_be_seen():
     assert {7, 50_000, 99_999} <= set(shown.tolist())
     assert np.isnan(values[shown]).any()
     assert extremes([3.0, 1.0, 2.0]).tolist() == [0, 1, 2]
+
+
+def course(name="dense", parameters=1_700_000, budgets=("1e12flops",), deviation=0.01):
+    validation = [([1e11 * step for step in range(1, 9)], [2 + 2 / step for step in range(1, 9)]) for _ in budgets]
+    return Course(name, parameters, validation, [Result(budget, 2.2, deviation) for budget in budgets])
+
+
+BUDGETS = ("1e12flops", "2e12flops")
+
+
+@pytest.mark.parametrize(
+    "courses",
+    [
+        [],
+        [course()],
+        [course("one", deviation=None), course("two", 8_000_000)],
+        [course(f"contender-{index}", 10**6 * (index + 1), BUDGETS) for index in range(9)],
+        [course("diverged", budgets=()), course()],
+        [Course("unvalidated", 5, [([], [])], [Result("1e3flops", math.nan, None)])],
+    ],
+)
+def test_losses_can_be_drawn_against_compute(courses, tmp_path):
+    png = loss_against_flops(courses, tmp_path / "flops.png")
+    assert size(png)[0] >= 900
+    assert (tmp_path / "flops.png").read_bytes() == png
+
+
+def test_several_budgets_are_named_and_contenders_told_apart(monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "_to_png", lambda figure, _: figures.append(figure))
+    courses = [course(f"contender-{index}", 10**6 * (index + 1), BUDGETS) for index in range(8)]
+    loss_against_flops(courses)
+    training, held_out = figures[0].axes
+    assert {text.get_text() for text in held_out.texts} == set(BUDGETS)
+    assert len({line.get_color() for line in training.lines}) == len(courses)
+    assert len(training.lines) == len(courses) * len(BUDGETS)
+    assert [text.get_text() for text in training.get_legend().get_texts()] == [each.name for each in courses]
 
 
 @pytest.mark.parametrize(

@@ -59,10 +59,8 @@ class Budget(Config):
             ConfigError: not a number from 1 on with one of the units.
         """
         found = re.fullmatch(r"([0-9][0-9_.]*(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)", text.strip())
-        if found is None:
-            raise ConfigError(
-                f"--budget: expected a number and a unit such as 1e15flops or 200e6tokens, found '{text}'"
-            )
+        if found is None or not found[2]:
+            raise ConfigError(f"--budget: expected a number with a unit (1e15flops, 200e6tokens), found '{text}'")
         units = ("flops", "tokens")
         unit = found[2].lower()
         if unit not in units:
@@ -76,7 +74,7 @@ class Budget(Config):
         return cls(amount=int(amount), unit=unit)  # pyright: ignore[reportArgumentType]
 
     def __str__(self) -> str:
-        short = f"{self.amount:g}".replace("e+", "e")
+        short = re.sub(r"e\+0*", "e", f"{self.amount:g}")
         return f"{short if float(short) == self.amount else self.amount}{self.unit}"
 
     def tokens(self, flops_per_token: int) -> int:

@@ -108,7 +108,8 @@ def conditions(standings: Standings, conducted: Conducted) -> Iterator[str]:
     if conducted.split == "validation":
         yield "The store has no test split: the same text chose each run's best checkpoint."
     if conducted.sweep:
-        yield f"Each contender's learning rates were chosen by a sweep on {100 * SWEEP_SHARE:g} % of the largest budget."
+        share = f"{100 * SWEEP_SHARE:g} %"
+        yield f"Each contender's learning rates were chosen by a sweep on {share} of the largest budget."
 
 
 def to_csv(standings: Standings) -> str:
