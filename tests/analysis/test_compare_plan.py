@@ -55,7 +55,8 @@ def test_flops_buy_tokens_at_three_forwards_each():
 
 
 def test_twins_get_equal_tokens_and_others_equal_flops():
-    twins = {"peer": run(), "dense": run(dense_twin(PEER, 32)), "wide": run(DenseConfig(d_hidden=500))}
+    odd = PEER.model_copy(update={"d_key": 9})  # no whole hidden unit has its cost
+    twins = {"peer": run(odd), "dense": run(dense_twin(odd, 32)), "wide": run(DenseConfig(d_hidden=500))}
     costs = {name: each.model.cost().flops for name, each in twins.items()}
     assert costs["peer"] != costs["dense"]
     budget = Budget.parse("1e9flops")

@@ -92,8 +92,8 @@ def test_one_seed_is_called_one_seed(standing):
 def test_no_verdict_where_a_run_diverged(standing):
     text = standing_verdict(standing("PEER", [1.9], diverged=[1]), standing("dense", [2.0, 2.1]))
     assert text == "No verdict on PEER and dense: 1 of PEER's runs diverged."
-    everything = Standings("dense", [standing("lost", [], diverged=[0]), standing("dense", [2.2])])
-    assert list(verdicts(everything)) == ["No verdict on lost and dense: 1 of lost's runs diverged."]
+    everything = Standings("other", [standing("lost", [], diverged=[0]), standing("other", [2.2])])
+    assert list(verdicts(everything)) == ["No verdict on lost and other: 1 of lost's runs diverged."]
     assert rows(everything)[0][-2:] == ["–", "1 of 1"]
 
 

@@ -111,6 +111,8 @@ def test_it_leaves_a_table_a_plot_a_report_and_every_config(compared, folder):
     page = (out / "report.html").read_text()
     for run in json.loads((out / "results.json").read_text())["runs"]:
         assert run["config"] in page
+    assert "<script" not in page
+    assert "1.5e8flops per run" in page
     assert "bits per byte" in said.out
     assert "vs dense" in said.out
     assert said.err.count("of held-out text\n") == 8

@@ -124,7 +124,8 @@ def loss_against_flops(
     training.xaxis.set_major_formatter(EngFormatter(sep=""))
     held_out.margins(x=0.35 if several else 0.1)  # room for the names of the budgets
     _finish(training, theme, "nothing recorded")
-    _finish(held_out, theme, "nothing measured")
+    if not (training.lines and held_out.lines):  # one legend is enough for both
+        _finish(held_out, theme, "nothing measured")
     return _to_png(figure, path)
 
 
