@@ -41,7 +41,7 @@ def no_figure(content: object, path: Path | None = None, **looks: object) -> byt
 
 @pytest.fixture(autouse=True)
 def plain_figures(monkeypatch):
-    """Saves the time of drawing; the comparison below is made with all its figures."""
+    """Saves the time of drawing; one plot is drawn in the comparison below."""
     monkeypatch.setattr(conduct, "LearningCurve", NoCurve)
     monkeypatch.setattr("myriad.analysis.plots.loss_against_flops", no_figure)
     monkeypatch.setattr("myriad.analysis.compare.page.loss_against_flops", no_figure)
@@ -68,6 +68,8 @@ def compared(folder) -> tuple[Path, Result]:
     """A comparison on two budgets over two seeds, and what it said."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(conduct, "LearningCurve", NoCurve)
+        patch.setattr("myriad.analysis.compare.page.loss_against_flops", no_figure)
+        patch.setattr("myriad.analysis.report.expert_usage", no_figure)
         words = ["compare", str(folder / "list.yaml"), *BUDGETS, "--seeds", "2", "--out", str(folder / "out")]
         patch.setattr(sys, "argv", ["myriad", *words])
         out, err = io.StringIO(), io.StringIO()
