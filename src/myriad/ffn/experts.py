@@ -63,7 +63,8 @@ def experts_cost(experts: int, used: float, d_model: int, d_expert: int, activat
     """The router, and experts of which a token uses so many on average."""
     expert = (3 if activation == "swiglu" else 2) * d_model * d_expert
     active = round(used * expert)
-    return Cost.of_matrix(d_model, experts) + Cost(experts * expert, active, 2 * active, 4 * active)
+    router = Cost.of_matrix(d_model, experts).as_routing()
+    return router + Cost(experts * expert, active, 2 * active, 4 * active)
 
 
 def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
