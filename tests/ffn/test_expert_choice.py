@@ -221,7 +221,7 @@ def test_costs():
     config = ExpertChoiceConfig(experts=8, capacity_factor=1.5, d_expert=16)
     expert, router = 2 * D * 16, 8 * D
     active = router + 3 * expert // 2
-    assert config.cost(D) == Cost(router + 8 * expert, active, 2 * active, 4 * active)
+    assert config.cost(D) == Cost(router + 8 * expert, active, 2 * active, 4 * active, routing=2 * router)
     assert config.model_copy(update={"max_experts_per_token": 1}).cost(D).active_parameters == router + expert
     flops = ExpertChoiceConfig(activation="swiglu").cost(96).flops
     assert flops == DenseConfig(activation="swiglu").cost(96).flops + Cost.of_matrix(96, 8).flops

@@ -166,4 +166,4 @@ def test_widths_and_costs():
     assert expert_width(None, 96, 2, "gelu") == 192
     assert expert_width(None, 96, 2, "swiglu") == 128
     cost = experts_cost(8, 2, 10, 5, "swiglu")
-    assert cost == Cost.of_matrix(10, 8) + Cost(8 * 150, 300, 600, 1200)
+    assert cost == Cost.of_matrix(10, 8).as_routing() + Cost(8 * 150, 300, 600, 1200)

@@ -245,7 +245,7 @@ def test_costs():
     config = TokenChoiceConfig(experts=8, experts_per_token=2, shared_experts=1, d_expert=16, activation="swiglu")
     expert = 3 * D * 16
     active = 8 * D + 3 * expert
-    assert config.cost(D) == Cost(8 * D + 9 * expert, active, 2 * active, 4 * active)
+    assert config.cost(D) == Cost(8 * D + 9 * expert, active, 2 * active, 4 * active, routing=2 * 8 * D)
 
 
 @pytest.mark.parametrize("options", [{}, {"activation": "swiglu"}, {"shared_experts": 2, "experts_per_token": 6}])
