@@ -343,6 +343,21 @@ class TestCompiling:
 
         assert simd.compiled(twice)(3) == 6
 
+    def test_kept_code_is_that_of_these_sources(self, monkeypatch, tmp_path):
+        def where() -> str:
+            monkeypatch.setattr(simd, "_sources", simd.cache(simd._sources.__wrapped__))
+            return simd.compiled(lambda x: x).stats.cache_path
+
+        for path in simd.HERE.glob("*.py"):
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+        monkeypatch.setattr(simd, "HERE", tmp_path)
+        before = where()
+        assert where() == before
+        with (tmp_path / "activations.py").open("a") as file:
+            file.write("# changed")
+        assert where() != before
+        assert not simd.config.CACHE_DIR  # a user's own functions are kept where they were
+
 
 class TestSegments:
     @quick

@@ -1,5 +1,8 @@
 """What Numba lacks: prefetching, and bfloat16 numbers, which arrays hold as their 16 bits in int16."""
 
+import hashlib
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,27 +10,47 @@ import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
+from numba.core import config as numba_config
 from numba.extending import intrinsic as numba_intrinsic
 from numba.extending import overload
 from torch import Tensor
 
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 """Sums may be taken in any order, so that they run in vector registers; NaN and infinity keep their meaning."""
+HERE = Path(__file__).parent
 LINE = 64
 """Bytes of a cache line."""
 WORD = 64
 """Bits of a word: numbers that are compared at once."""
 
 intrinsic: Any = numba_intrinsic  # what it makes of a function takes other arguments
+config: Any = numba_config  # a module whose names are made when it is imported
 
 
 def compiled(function: Any) -> Any:
     """Compile a function of arrays and numbers when it is first called, and keep it on disk where that can be."""
     options = {"nogil": True, "fastmath": FAST, "error_model": "numpy"}
+    asked, config.CACHE_DIR = config.CACHE_DIR, _folder(config.CACHE_DIR)
     try:
         return njit(function, cache=True, **options)
     except RuntimeError:  # no folder can be written
         return njit(function, **options)
+    finally:
+        config.CACHE_DIR = asked
+
+
+def _folder(asked: str) -> str:
+    """Where compiled functions are kept: in a folder for the sources that they are made of.
+
+    Numba looks whether a function's own file has changed, not whether those have that it takes inlined parts from.
+    """
+    return str((Path(asked) if asked else HERE / "__pycache__") / f"kernels-{_sources()}")
+
+
+@cache
+def _sources() -> str:
+    parts = [path.read_bytes() for path in sorted(HERE.glob("*.py"))]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
 def inlined(function: Any) -> Any:
