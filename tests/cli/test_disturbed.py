@@ -19,7 +19,7 @@ import yaml
 from calling import Result
 from forking import Forked, Server
 
-from myriad import checkpoint
+from myriad import checkpoint, cli
 from myriad.train.record import CLOCK_FIELDS, read_records
 from tiny import tiny_model
 
@@ -231,6 +231,17 @@ def interrupt_while_loading(config: Path, run: Path, delay: float) -> Result:
     out, err = process.communicate(timeout=300)
     # Python ends itself by the signal where the interrupt passed through `exec`; a shell says 130 to both.
     return Result(130 if process.returncode == -signal.SIGINT else process.returncode, out, err)
+
+
+def test_ctrl_c_that_a_library_made_an_error_of_its_own_of_ends_the_command_in_a_line(monkeypatch, capsys):
+    def call_back() -> None:
+        raise ValueError("error calling a function") from KeyboardInterrupt()
+
+    monkeypatch.setattr("myriad.cli.app.app", call_back)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "myriad: interrupted\n"
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc here to see what is loaded")

@@ -73,7 +73,7 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 def _end(error: BaseException) -> NoReturn:
     """Say in a line what ended the command, if it is a fault that the user can mend."""
-    if isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and error.code == INTERRUPTED):
+    if _is_interrupt(error) or (isinstance(error, SystemExit) and error.code == INTERRUPTED):
         _fail("interrupted", INTERRUPTED)
     if isinstance(error, SystemExit):
         raise error
@@ -84,6 +84,13 @@ def _end(error: BaseException) -> NoReturn:
     if isinstance(error, OSError):  # a full disk, a folder that cannot be written
         _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", 1)
     raise error
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Libraries that call back make errors of their own of what was raised there."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__
+    return error is not None
 
 
 def _fail(message: str, code: int) -> NoReturn:
