@@ -62,7 +62,7 @@ def test_presets_lists_every_preset_with_its_cost(myriad, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     out = myriad("presets").out
     for name in presets.names():
-        (line,) = (line for line in out.splitlines() if name in line.split())
+        (line,) = (line for line in out.splitlines() if line.split()[1:2] == [name])
         assert presets.describe(name) in line
         assert f"{presets.get(name).model.cost().flops / 1e6:,.1f} M" in line
 
