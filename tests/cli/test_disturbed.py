@@ -233,9 +233,13 @@ def interrupt_while_loading(config: Path, run: Path, delay: float) -> Result:
     return Result(130 if process.returncode == -signal.SIGINT else process.returncode, out, err)
 
 
-def test_ctrl_c_that_a_library_made_an_error_of_its_own_of_ends_the_command_in_a_line(monkeypatch, capsys):
+@pytest.mark.parametrize("swallowed", [True, False])
+def test_ctrl_c_that_a_library_made_an_error_of_its_own_of_ends_the_command_in_a_line(monkeypatch, capsys, swallowed):
     def call_back() -> None:
-        raise ValueError("error calling a function") from KeyboardInterrupt()
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as interrupt:
+            raise ValueError("a number of an odd shape") from (None if swallowed else interrupt)
 
     monkeypatch.setattr("myriad.cli.app.app", call_back)
     with pytest.raises(SystemExit) as ended:

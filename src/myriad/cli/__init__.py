@@ -8,10 +8,8 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, Self
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C; typer's too."""
@@ -26,12 +24,14 @@ def main() -> None:
     # where it shares its cores with other work; a short spin costs nothing measurable where it does not.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     _keep_freed_memory()
-    with _catching_interrupts():
+    with _Interrupts() as interrupts:
         try:
             from myriad.cli.app import app
 
             app()
         except BaseException as error:
+            if interrupts.seen or isinstance(error, KeyboardInterrupt):
+                _fail("interrupted", INTERRUPTED)
             _end(error)
 
 
@@ -47,33 +47,37 @@ def _keep_freed_memory() -> None:
             mallopt(parameter, size)
 
 
-@contextmanager
-def _catching_interrupts() -> Iterator[None]:
-    """Let Ctrl-C end the command, also while it loads libraries; training catches it itself."""
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler:
-        yield
-        return
-    signal.signal(signal.SIGINT, _interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+class _Interrupts:
+    """Lets Ctrl-C end the command, also while it loads libraries; training catches it itself.
 
+    Libraries make errors of their own of what is raised while they call back, so what was seen is remembered.
+    """
 
-def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            # Amid an import, some libraries swallow an exception, and others abort the process.
-            os.write(2, b"myriad: interrupted\n")
-            os._exit(INTERRUPTED)
-        frame = frame.f_back
-    raise KeyboardInterrupt
+    seen = False
+
+    def __enter__(self) -> Self:
+        self._before = signal.getsignal(signal.SIGINT)
+        if self._before is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._interrupt)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> NoReturn:
+        self.seen = True
+        while frame is not None:
+            if frame.f_code.co_filename.startswith("<frozen importlib"):
+                # Amid an import, some libraries swallow an exception, and others abort the process.
+                os.write(2, b"myriad: interrupted\n")
+                os._exit(INTERRUPTED)
+            frame = frame.f_back
+        raise KeyboardInterrupt
 
 
 def _end(error: BaseException) -> NoReturn:
     """Say in a line what ended the command, if it is a fault that the user can mend."""
-    if _is_interrupt(error) or (isinstance(error, SystemExit) and error.code == INTERRUPTED):
+    if isinstance(error, SystemExit) and error.code == INTERRUPTED:
         _fail("interrupted", INTERRUPTED)
     if isinstance(error, SystemExit):
         raise error
@@ -84,13 +88,6 @@ def _end(error: BaseException) -> NoReturn:
     if isinstance(error, OSError):  # a full disk, a folder that cannot be written
         _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", 1)
     raise error
-
-
-def _is_interrupt(error: BaseException | None) -> bool:
-    """Libraries that call back make errors of their own of what was raised there."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__cause__
-    return error is not None
 
 
 def _fail(message: str, code: int) -> NoReturn:
