@@ -6,21 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from myriad.analysis import plots
 from myriad.analysis.compare import Course, Curve, Result
 from myriad.analysis.heads import LayerHeads
 from myriad.analysis.plots import (
-    MAX_POINTS,
     expert_usage,
-    extremes,
     head_overlap,
     learning_curve,
     loss_against_flops,
     loss_curves,
     router_entropy,
-    running_mean,
     weight_by_rank,
 )
+from myriad.analysis.plots.drawing import MAX_POINTS
+from myriad.analysis.plots.learning import extremes
+from myriad.analysis.plots.losses import running_mean
 from myriad.analysis.routing import LayerUsage
 
 CURVES = [
@@ -89,7 +88,7 @@ def test_any_curve_of_one_run_can_be_drawn(curve, tmp_path):
 @pytest.mark.parametrize(("bits", "shown"), [([2.0, 1.0], True), ([2.0, 1.2], False), ([math.nan, 1.0], True)])
 def test_bits_per_byte_are_a_second_scale_while_the_text_is_the_same(bits, shown, monkeypatch):
     labels = []
-    monkeypatch.setattr(plots, "_to_png", lambda figure, _: labels.extend(_axis_labels(figure)))
+    monkeypatch.setattr("myriad.analysis.plots.learning.to_png", lambda figure, _: labels.extend(_axis_labels(figure)))
     learning_curve(Curve("run", [64, 128], [4.0, 2.0], [64, 128], bits), [3.0, 1.5])
     assert ("bits per byte" in labels) == shown
 
@@ -138,7 +137,7 @@ def test_losses_can_be_drawn_against_compute(courses, tmp_path):
 
 def test_several_budgets_are_named_and_contenders_told_apart(monkeypatch):
     figures = []
-    monkeypatch.setattr(plots, "_to_png", lambda figure, _: figures.append(figure))
+    monkeypatch.setattr("myriad.analysis.plots.compute.to_png", lambda figure, _: figures.append(figure))
     courses = [course(f"contender-{index}", 10**6 * (index + 1), BUDGETS) for index in range(8)]
     loss_against_flops(courses)
     training, held_out = figures[0].axes
@@ -197,7 +196,7 @@ def test_looks_of_heads_differ(draw):
 
 def test_what_is_drawn_of_heads_is_what_they_did(monkeypatch):
     figures = []
-    monkeypatch.setattr(plots, "_to_png", lambda figure, _: figures.append(figure))
+    monkeypatch.setattr("myriad.analysis.plots.routing.to_png", lambda figure, _: figures.append(figure))
     layer = heads_of(2, slots=4)
     layer.shared[0, 1] = layer.shared[1, 0] = 3.0
     layer.entropy[1] = 1.5
