@@ -6,7 +6,8 @@ reach. Every score that could belong to the k best in exact arithmetic, by a bou
 products, becomes a candidate and is scored again in float32; how many others are larger is its rank. Where a bound
 is not a number, all are candidates.
 
-Legend: `T` tokens, `H` heads, `P` = 2 halves, `Q` width of a half, `S` sub-keys, `K` retrieved, `M` pairs.
+Legend: `T` tokens, `H` heads, `P` = 2 halves, `Q` width of a half, `S` sub-keys, `K` retrieved, `G` groups of sub-keys,
+`M` pairs.
 """
 
 from collections.abc import Iterator

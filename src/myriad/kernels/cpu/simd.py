@@ -83,13 +83,6 @@ def _prefetch_line(typing: Any, table: Any, offset: Any) -> Any:
 
 
 @inlined
-def prefetch(line: Any, first: int, count: int) -> None:
-    """Ask for elements of a contiguous line."""
-    for offset in range(first * line.itemsize, (first + count) * line.itemsize, LINE):
-        _prefetch_line(line, offset)
-
-
-@inlined
 def prefetch_row(table: Any, row: int) -> None:
     """Ask for a row of a contiguous table, so that it is on its way while others are computed with."""
     size = table.shape[1] * table.itemsize
@@ -97,23 +90,14 @@ def prefetch_row(table: Any, row: int) -> None:
         _prefetch_line(table, row * size + offset)
 
 
-def _cast(source: Any, target: Any, number: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], target)
-
-    return number(source), generate
-
-
 @intrinsic
 def bits_of(typing: Any, x: Any) -> Any:
     """The 32 bits of a float32."""
-    return _cast(types.float32, ir.IntType(32), types.uint32)
 
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(32))
 
-@intrinsic
-def float_of(typing: Any, bits: Any) -> Any:
-    """The float32 of 32 bits."""
-    return _cast(types.uint32, ir.FloatType(), types.float32)
+    return types.uint32(types.float32), generate
 
 
 @intrinsic
