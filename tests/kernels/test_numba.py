@@ -140,11 +140,11 @@ class TestLookups:
 
 
 class TestProductKey:
-    @pytest.fixture(autouse=True, params=[True, False], ids=["screened", "exact"])
-    def screening(self, request, monkeypatch):
-        """bfloat16 products to choose candidates, or float32 ones, whatever the hardware and the size."""
-        monkeypatch.setattr(numba_product_key, "multiplies_bfloat16_fast", lambda device: request.param)
-        monkeypatch.setattr(numba_product_key, "SCREENING_PAYS", 0)
+    @pytest.fixture(autouse=True, params=["screened", "exact", "few"])
+    def way(self, request, monkeypatch):
+        """bfloat16 products to choose candidates, float32 ones, or no products, whatever the hardware and the size."""
+        monkeypatch.setattr(numba_product_key, "multiplies_bfloat16_fast", lambda device: request.param == "screened")
+        monkeypatch.setattr(numba_product_key, "FEW", 1000 if request.param == "few" else -1)
 
     def check(self, queries: Tensor, keys: Tensor, k: int) -> None:
         """The scores are the best in float64 but for float32 rounding, of distinct experts that have them."""

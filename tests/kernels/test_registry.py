@@ -5,6 +5,8 @@ import threading
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from myriad.config import MyriadError
 from myriad.kernels import (
@@ -18,7 +20,7 @@ from myriad.kernels import (
     use,
     value_lookup,
 )
-from myriad.kernels.registry import Form, KernelError, register, resolve
+from myriad.kernels.registry import Form, KernelError, computes_directly, register, resolve
 
 FAST = """
 from myriad.kernels.registry import register
@@ -38,9 +40,15 @@ def own_registry(monkeypatch, tmp_path):
     monkeypatch.setattr(registry, "_implementations", {op: dict(f) for op, f in registry._implementations.items()})
     monkeypatch.setattr(registry, "_loaded", set())
     monkeypatch.setattr(registry, "_choice", "auto")
-    registry._missing.cache_clear()
+    forget()
     yield
+    forget()
+
+
+def forget() -> None:
+    """What was found in one registry is not asked of another."""
     registry._missing.cache_clear()
+    registry._chosen.cache_clear()
 
 
 @pytest.fixture
@@ -165,3 +173,50 @@ def test_every_op_runs_through_the_registry(monkeypatch):
     moments = torch.zeros(4, 3), torch.zeros(4, 3)
     lazy_adam(table, *moments, torch.ones(4, 3), lr=0.1, betas=(0.9, 0.999), eps=1e-8, step=1)
     assert asked == ["product_key", "expert_lookup", "value_lookup", "table_update"]
+
+
+class TestComputesDirectly:
+    """Ops are passed by only where PyTorch has nothing to record."""
+
+    def test_only_without_gradients(self):
+        x = torch.ones(2)
+        assert not computes_directly(x)
+        with torch.no_grad():
+            assert computes_directly(x, torch.nn.Parameter(x))
+        with torch.inference_mode():
+            assert computes_directly(x)
+
+    def test_not_of_tensors_of_another_kind(self):
+        with FakeTensorMode():
+            fake = torch.ones(2)
+        with torch.no_grad():
+            assert not computes_directly(fake)
+
+    def test_modes_see_the_ops(self):
+        queries, keys = torch.randn(3, 1, 2, 4), torch.randn(2, 5, 4)
+        x, table = torch.randn(3, 4), torch.randn(25, 4)
+        with torch.no_grad(), Seen() as seen:
+            scores, ids = product_key(queries, keys, 2)
+            expert_lookup(x, ids.flatten(1), scores.flatten(1), table, table)
+            value_lookup(ids.flatten(1), scores.flatten(1), table)
+        assert {"myriad::product_key", "myriad::expert_lookup", "myriad::value_lookup"} <= seen.names
+
+    def test_values_are_those_of_the_ops(self):
+        queries, keys = torch.randn(3, 1, 2, 4), torch.randn(2, 5, 4)
+        with torch.no_grad():
+            direct = product_key(queries, keys, 2)
+            with Seen():
+                through_ops = product_key(queries, keys, 2)
+        assert all(map(torch.equal, direct, through_ops))
+
+
+class Seen(TorchDispatchMode):
+    """The names of the ops that the dispatcher saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.name().split(".")[0])
+        return func(*args, **(kwargs or {}))

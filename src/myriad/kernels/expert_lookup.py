@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from myriad.kernels.bags import bag_dot, bag_sum, in_full_precision
-from myriad.kernels.registry import register, resolve
+from myriad.kernels.registry import computes_directly, register, resolve
 from myriad.kernels.table_gradient import as_sparse, check_ids, sparse_gradient, table_gradient
 
 
@@ -93,7 +93,8 @@ def expert_lookup(
     arguments = (x_TD, ids_TA, weights_TA, down_ND, up_ND, gate_ND, activation)
     if sparse and torch.is_grad_enabled():
         return _sparse_lookup(*arguments)
-    return torch.ops.myriad.expert_lookup(*arguments)[0]
+    op = _compute if computes_directly(x_TD, ids_TA, weights_TA, down_ND, up_ND) else torch.ops.myriad.expert_lookup
+    return op(*arguments)[0]
 
 
 def _check(x: Tensor, ids: Tensor, weights: Tensor, tables: list[Tensor], activation: str) -> None:
@@ -178,12 +179,14 @@ def _functions(x: Tensor, table: Tensor) -> ExpertLookupFunctions:
     return resolve("expert_lookup", x.device.type, torch.promote_types(x.dtype, table.dtype))
 
 
-@torch.library.custom_op("myriad::expert_lookup", mutates_args=())
-def _op(
+def _compute(
     x: Tensor, ids: Tensor, weights: Tensor, down: Tensor, up: Tensor, gate: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_ids(ids, len(down))
     return _functions(x, down).forward(x, ids, weights, down, up, gate, activation)
+
+
+_op = torch.library.custom_op("myriad::expert_lookup", _compute, mutates_args=())
 
 
 @_op.register_fake

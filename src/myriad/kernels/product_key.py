@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from myriad.kernels.bags import bag_sum, row_sums
-from myriad.kernels.registry import register, resolve
+from myriad.kernels.registry import computes_directly, register, resolve
 
 SCORES_PER_BLOCK = 2**20
 """Sub-key scores held at once by the reference: 4 MB in float32, so that a block stays in the cache."""
@@ -41,12 +41,12 @@ def product_key(queries_THPQ: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Ten
         ValueError: shapes that do not fit, or k out of range.
     """
     _check(queries_THPQ, keys, k)
+    op = _compute if computes_directly(queries_THPQ, keys) else torch.ops.myriad.product_key
     if keys.ndim == 4:
-        return torch.ops.myriad.product_key(queries_THPQ, keys, k)
+        return op(queries_THPQ, keys, k)
     # Heads that share their keys are more tokens of one head.
     tokens, heads, _, width = queries_THPQ.shape
-    folded = queries_THPQ.reshape(tokens * heads, 1, 2, width)
-    scores, ids = torch.ops.myriad.product_key(folded, keys.unsqueeze(0), k)
+    scores, ids = op(queries_THPQ.reshape(tokens * heads, 1, 2, width), keys.unsqueeze(0), k)
     return scores.view(tokens, heads, k), ids.view(tokens, heads, k)
 
 
@@ -125,9 +125,11 @@ def _functions(queries: Tensor, keys: Tensor) -> ProductKeyFunctions:
     return resolve("product_key", queries.device.type, torch.promote_types(queries.dtype, keys.dtype))
 
 
-@torch.library.custom_op("myriad::product_key", mutates_args=())
-def _op(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _compute(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return _functions(queries, keys).forward(queries, keys, k)
+
+
+_op = torch.library.custom_op("myriad::product_key", _compute, mutates_args=())
 
 
 @_op.register_fake

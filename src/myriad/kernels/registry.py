@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 from myriad.config import MyriadError, nearest
 
@@ -82,6 +83,7 @@ def register(
         None if devices is None else frozenset(devices),
         None if dtypes is None else frozenset(dtypes),
     )
+    _chosen.cache_clear()
 
 
 def names() -> list[str]:
@@ -134,8 +136,23 @@ def resolve(op: str, device_type: str, dtype: torch.dtype) -> Any:
     Raises:
         KernelError: the explicit choice cannot run there.
     """
+    return _chosen(_choice, op, device_type, dtype)
+
+
+@cache
+def _chosen(_: str, op: str, device_type: str, dtype: torch.dtype) -> Any:
+    """Remembered for each choice: to find it anew takes as long as a small kernel."""
     name, _ = _pick(op, device_type, dtype)
     return _implementations[op][name].functions
+
+
+def computes_directly(*tensors: Tensor) -> bool:
+    """Whether an op's function may be called without PyTorch's dispatcher, which takes as long as a small kernel.
+
+    It may where nothing is to be recorded: no gradient, no graph, no mode such as a FLOP counter's, plain tensors.
+    """
+    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    return not recorded and all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
 
 
 def _pick(op: str, device_type: str, dtype: torch.dtype) -> tuple[str, str]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from myriad.kernels.bags import bag_dot, bag_sum, in_full_precision
-from myriad.kernels.registry import register, resolve
+from myriad.kernels.registry import computes_directly, register, resolve
 from myriad.kernels.table_gradient import as_sparse, check_ids, sparse_gradient, table_gradient
 
 
@@ -55,7 +55,8 @@ def value_lookup(ids_TA: Tensor, weights_TA: Tensor, values_ND: Tensor, *, spars
         sparse = sparse_gradient(ids_TA.shape[0], ids_TA.shape[1], len(values_ND))
     if sparse and torch.is_grad_enabled():
         return _sparse_lookup(ids_TA, weights_TA, values_ND)
-    return torch.ops.myriad.value_lookup(ids_TA, weights_TA, values_ND)
+    op = _compute if computes_directly(ids_TA, weights_TA, values_ND) else torch.ops.myriad.value_lookup
+    return op(ids_TA, weights_TA, values_ND)
 
 
 def _reference_forward(ids: Tensor, weights: Tensor, values: Tensor) -> Tensor:
@@ -77,10 +78,12 @@ def _functions(weights: Tensor, values: Tensor) -> ValueLookupFunctions:
     return resolve("value_lookup", values.device.type, torch.promote_types(weights.dtype, values.dtype))
 
 
-@torch.library.custom_op("myriad::value_lookup", mutates_args=())
-def _op(ids: Tensor, weights: Tensor, values: Tensor) -> Tensor:
+def _compute(ids: Tensor, weights: Tensor, values: Tensor) -> Tensor:
     check_ids(ids, len(values))
     return _functions(weights, values).forward(ids, weights, values)
+
+
+_op = torch.library.custom_op("myriad::value_lookup", _compute, mutates_args=())
 
 
 @_op.register_fake

@@ -12,9 +12,11 @@ from myriad.analysis.bench.bounds import Batch
 from myriad.analysis.bench.case import Case, call_ours, call_theirs, difference, gathered_bytes, shape_of, table_bytes
 from myriad.analysis.bench.memory import lack
 from myriad.analysis.bench.peak import peak_memory
-from myriad.analysis.bench.report import OURS, THEIRS, Contender, Measurement, Rates, What, absent, compared
+from myriad.analysis.bench.report import DEFAULT, OURS, THEIRS, Contender, Measurement, Rates, What, absent, compared
 from myriad.analysis.bench.settings import BenchConfig
 from myriad.analysis.bench.step import training_step
+from myriad.ffn.peer import PEER
+from myriad.ffn.retrieval import Queries
 from myriad.train.precision import autocast
 
 
@@ -88,11 +90,28 @@ def decode(case: Case) -> Iterator[Measurement]:
         for token_1D in tokens:
             call(token_1D)
 
-    runs = {Contender(who, "float32"): partial(run, call) for who, call in _calls(case).items()}
-    distinct = sum(case.distinct(token_1D) for token_1D in tokens) / len(tokens)
-    phases = bounds.forward_phases(case.layer.config, case.settings.d_model, Batch(1, distinct))
-    seconds, least = case.time(runs), case.least(phases, len(tokens))
-    yield from compared("layer decode", case.shape, seconds, "ms", scale=1e3 / len(tokens), bounds=least)
+    default = case._replace(layer=_as_in_presets(case.layer).eval())
+    calls = _calls(case) | {DEFAULT: call_ours(default.layer)}
+    seconds = case.time({Contender(who, "float32"): partial(run, call) for who, call in calls.items()})
+    for one, who in ((case, {THEIRS, OURS}), (default, {DEFAULT})):
+        distinct = sum(one.distinct(token_1D) for token_1D in tokens) / len(tokens)
+        phases = bounds.forward_phases(one.layer.config, one.settings.d_model, Batch(1, distinct))
+        least, scale = one.least(phases, len(tokens)), 1e3 / len(tokens)
+        found = compared("layer decode", one.shape, seconds, "ms", scale=scale, bounds=least)
+        yield from (measurement for measurement in found if measurement.who in who)
+
+
+def _as_in_presets(layer: PEER) -> PEER:
+    """The same tables, behind keys that the heads share and queries that are normalised."""
+    config = layer.config.model_copy(update={"shared_keys": True, "query_norm": "batch"})
+    d_model = layer.queries.proj.in_features
+    with torch.device("meta"):  # tables of its own would take memory and time
+        default = config.build(d_model)
+    default.experts_down, default.experts_up = layer.experts_down, layer.experts_up
+    with layer.keys.device:
+        default.queries = Queries(d_model, config.heads, config.d_key, config.query_norm)
+    default.keys = torch.nn.Parameter(layer.keys.detach()[0])
+    return default
 
 
 def _calls(case: Case) -> dict[str, Callable[[Tensor], Tensor]]:

@@ -21,6 +21,8 @@ class Contender(NamedTuple):
 
 
 OURS = "myriad"
+DEFAULT = "myriad, shared keys"
+"""Our layer as presets have it: heads share their keys, and queries are normalised."""
 THEIRS = "PEER-pytorch"
 BASE = Contender(THEIRS, "float32")
 """Whom the others are compared with."""

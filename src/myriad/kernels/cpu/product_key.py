@@ -21,7 +21,7 @@ from numba.extending import overload
 from torch import Tensor
 
 from myriad.kernels.cpu.memory import new_tensor
-from myriad.kernels.cpu.rows import GRAIN, add_row
+from myriad.kernels.cpu.rows import GRAIN, add_row, dot
 from myriad.kernels.cpu.simd import (
     WORD,
     above,
@@ -45,8 +45,8 @@ from myriad.kernels.product_key import ProductKeyFunctions, candidate_pairs
 
 SCORES_PER_BLOCK = 2**22
 """Sub-key scores held at once: 8 MB in bfloat16, which a block's selection finds in the cache."""
-SCREENING_PAYS = 2**22
-"""Multiplications of a call from which bfloat16 products save more than their rounding costs."""
+FEW = 32
+"""Queries of a head, at most, that one thread scores and chooses for before a matrix product has paid off."""
 GROUPS_PER_WINNER = 4
 """Groups of sub-keys for each one retrieved: more give a closer threshold, fewer less to compare."""
 HALF_DIGIT = 2.0**-8
@@ -56,13 +56,26 @@ EPSILON = 2.0**-24
 
 
 def _forward(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    tokens, heads, _, width = queries.shape
+    return (_forward_few if len(queries) <= FEW else _forward_many)(queries, keys, k)
+
+
+def _forward_few(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """All in one call and on one thread: what a matrix product and its threads need takes longer."""
+    tokens, heads = queries.shape[:2]
+    scores_THK, ids_THK = torch.empty(tokens, heads, k), torch.empty(tokens, heads, k, dtype=torch.int64)
+    pairs_2M = _pairs(k, keys.shape[2])
+    _retrieve_few(array(queries.float()), array(keys.float()), pairs_2M, array(scores_THK), array(ids_THK))
+    return scores_THK.to(torch.promote_types(queries.dtype, keys.dtype)), ids_THK
+
+
+def _forward_many(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    tokens, heads = queries.shape[:2]
     side = keys.shape[2]
     scores_HTK = torch.empty(heads, tokens, k)
     ids_HTK = torch.empty(heads, tokens, k, dtype=torch.int64)
     queries_HTPQ = queries.detach().float().transpose(0, 1).contiguous()
     keys_HPSQ = keys.detach().float().contiguous()
-    screens = multiplies_bfloat16_fast("cpu") and 2 * tokens * heads * side * width >= SCREENING_PAYS
+    screens = multiplies_bfloat16_fast("cpu")
     rough_queries = queries_HTPQ.bfloat16() if screens else queries_HTPQ
     rough_keys = keys_HPSQ.bfloat16() if screens else keys_HPSQ
     pairs_2M = _pairs(k, side)
@@ -162,7 +175,7 @@ def _retrieve(
         head, row = unit // tokens, unit % tokens
         token = offset + row
         for half in range(2):
-            _order(rough_HPTS, (head, half, row), ordered_S, maxima_G)
+            _order(rough_HPTS[head], (half, row), ordered_S, maxima_G)
             slack = _slack(queries_HTPQ, rough_queries_HTPQ, (head, token, half), norms_HP2)
             least = _least(rough_HPTS, from_ordered(_largest(maxima_G, kept)), slack)
             count = _choose(ordered_S, side, least, candidates_S)
@@ -172,21 +185,93 @@ def _retrieve(
                 for d in range(queries_HTPQ.shape[3]):
                     score += queries_HTPQ[head, token, half, d] * keys_HPSQ[head, half, key, d]
                 exact_S[place] = ordered(score)
-            _pad(exact_S, count)
-            for place in range(count):
-                rank = _rank(exact_S, count, place)
-                if rank < kept:
-                    winners_PK[half, rank] = from_ordered(exact_S[place])
-                    sub_keys_PK[half, rank] = candidates_S[place]
-        for pair in range(number):
-            sums_M[pair] = ordered(winners_PK[0, pairs_2M[0, pair]] + winners_PK[1, pairs_2M[1, pair]])
-        _pad(sums_M, number)
-        for pair in range(number):
-            rank = _rank(sums_M, number, pair)
-            if rank < k:
-                scores_HTK[head, token, rank] = from_ordered(sums_M[pair])
-                sub_key = np.int64(sub_keys_PK[0, pairs_2M[0, pair]])
-                ids_HTK[head, token, rank] = sub_key * side + sub_keys_PK[1, pairs_2M[1, pair]]
+            _sort(exact_S, candidates_S, count, winners_PK[half], sub_keys_PK[half])
+        _pair(winners_PK, sub_keys_PK, pairs_2M, sums_M, side, scores_HTK[head, token], ids_HTK[head, token])
+
+
+@compiled
+def _retrieve_few(queries_THPQ: Any, keys_HPSQ: Any, pairs_2M: Any, scores_THK: Any, ids_THK: Any) -> None:
+    """The same in float32 alone: scores that are exact are candidates without a bound's slack."""
+    tokens, heads, _, width = queries_THPQ.shape
+    side, k = keys_HPSQ.shape[2], scores_THK.shape[2]
+    kept = min(k, side)
+    words = -(-side // WORD)
+    queries_TQ = np.empty((tokens, width), np.float32)
+    scores_PTS = np.empty((2, tokens, side), np.float32)
+    ordered_S = np.empty(words * WORD, np.int32)
+    ordered_S[:] = _lowest(ordered_S)
+    maxima_G = np.empty(min(words, -(-GROUPS_PER_WINNER * kept // WORD)) * WORD, np.int32)
+    candidates_S = np.empty(words * WORD, np.int32)
+    exact_S = np.empty(words * WORD, np.int32)
+    winners_PK = np.empty((2, kept), np.float32)
+    sub_keys_PK = np.empty((2, kept), np.int32)
+    sums_M = np.empty(-(-pairs_2M.shape[1] // WORD) * WORD, np.int32)
+    for head in range(heads):
+        for half in range(2):
+            queries_TQ[:] = queries_THPQ[:, head, half]
+            _score(queries_TQ, keys_HPSQ[head, half], scores_PTS[half])
+        for token in range(tokens):
+            for half in range(2):
+                _order(scores_PTS, (half, token), ordered_S, maxima_G)
+                count = _choose(ordered_S, side, _largest(maxima_G, kept), candidates_S)
+                for place in range(count):
+                    exact_S[place] = ordered_S[candidates_S[place]]
+                _sort(exact_S, candidates_S, count, winners_PK[half], sub_keys_PK[half])
+            _pair(winners_PK, sub_keys_PK, pairs_2M, sums_M, side, scores_THK[token, head], ids_THK[token, head])
+
+
+@inlined
+def _score(queries_TQ: Any, keys_SQ: Any, scores_TS: Any) -> None:
+    """Each query's scores with each sub-key, four by two at a time: a number read takes part in several products."""
+    tokens, side = scores_TS.shape
+    for key in range(0, side - 1, 2):
+        for first in range(0, tokens - 3, 4):
+            a = b = c = d = e = f = g = h = np.float32(0)
+            for q in range(queries_TQ.shape[1]):
+                a += queries_TQ[first, q] * keys_SQ[key, q]
+                b += queries_TQ[first + 1, q] * keys_SQ[key, q]
+                c += queries_TQ[first + 2, q] * keys_SQ[key, q]
+                d += queries_TQ[first + 3, q] * keys_SQ[key, q]
+                e += queries_TQ[first, q] * keys_SQ[key + 1, q]
+                f += queries_TQ[first + 1, q] * keys_SQ[key + 1, q]
+                g += queries_TQ[first + 2, q] * keys_SQ[key + 1, q]
+                h += queries_TQ[first + 3, q] * keys_SQ[key + 1, q]
+            scores_TS[first, key], scores_TS[first, key + 1] = a, e
+            scores_TS[first + 1, key], scores_TS[first + 1, key + 1] = b, f
+            scores_TS[first + 2, key], scores_TS[first + 2, key + 1] = c, g
+            scores_TS[first + 3, key], scores_TS[first + 3, key + 1] = d, h
+        for token in range(tokens - tokens % 4, tokens):
+            scores_TS[token, key] = dot(queries_TQ, token, keys_SQ, key)
+            scores_TS[token, key + 1] = dot(queries_TQ, token, keys_SQ, key + 1)
+    if side % 2:
+        for token in range(tokens):
+            scores_TS[token, side - 1] = dot(queries_TQ, token, keys_SQ, side - 1)
+
+
+@inlined
+def _sort(exact_S: Any, candidates_S: Any, count: int, winners_K: Any, sub_keys_K: Any) -> None:
+    """The best of a half's candidates, best first."""
+    _pad(exact_S, count)
+    for place in range(count):
+        rank = _rank(exact_S, count, place)
+        if rank < len(winners_K):
+            winners_K[rank] = from_ordered(exact_S[place])
+            sub_keys_K[rank] = candidates_S[place]
+
+
+@inlined
+def _pair(winners_PK: Any, sub_keys_PK: Any, pairs_2M: Any, sums_M: Any, side: int, scores_K: Any, ids_K: Any) -> None:
+    """The best sums of a score of each half, best first, and their experts."""
+    number = pairs_2M.shape[1]
+    for pair in range(number):
+        sums_M[pair] = ordered(winners_PK[0, pairs_2M[0, pair]] + winners_PK[1, pairs_2M[1, pair]])
+    _pad(sums_M, number)
+    for pair in range(number):
+        rank = _rank(sums_M, number, pair)
+        if rank < len(scores_K):
+            scores_K[rank] = from_ordered(sums_M[pair])
+            sub_key = np.int64(sub_keys_PK[0, pairs_2M[0, pair]])
+            ids_K[rank] = sub_key * side + sub_keys_PK[1, pairs_2M[1, pair]]
 
 
 @inlined
@@ -196,11 +281,11 @@ def _lowest(numbers: Any) -> Any:
 
 
 @inlined
-def _order(rough: Any, row: Any, ordered_S: Any, maxima_G: Any) -> None:
+def _order(scores: Any, row: Any, ordered_S: Any, maxima_G: Any) -> None:
     """Scores as integers of the same order, and the largest of each group of sub-keys."""
-    i, j, k = row
-    for key in range(rough.shape[3]):
-        ordered_S[key] = ordered(rough[i, j, k, key])
+    half, token = row
+    for key in range(scores.shape[2]):
+        ordered_S[key] = ordered(scores[half, token, key])
     maxima_G[:] = ordered_S[: len(maxima_G)]
     for first in range(len(maxima_G), len(ordered_S), WORD):
         keep_larger(maxima_G, first % len(maxima_G), ordered_S, first)
