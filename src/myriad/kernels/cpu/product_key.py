@@ -38,7 +38,6 @@ from myriad.kernels.cpu.simd import (
     reaching,
     wide,
 )
-from myriad.kernels.cpu.table_gradient import segments, table_gradient
 from myriad.kernels.cpu.threads import in_parallel
 from myriad.kernels.hardware import multiplies_bfloat16_fast
 from myriad.kernels.product_key import ProductKeyFunctions, candidate_pairs
@@ -382,53 +381,54 @@ def _rank(numbers: Any, count: int, place: int) -> Any:
 
 
 def _backward(grad: Tensor, ids: Tensor, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    side, width = keys.shape[2:]
-    queries_MQ, keys_NQ = queries.float().reshape(-1, width), keys.float().reshape(-1, width)
-    rows_MK = new_tensor((len(queries_MQ), ids.shape[2]), torch.int64)
-    grad_MK = new_tensor(rows_MK.shape)
-    grad_queries_MQ = new_tensor(queries_MQ.shape)
+    heads, _, side, width = keys.shape
+    pieces = -(-torch.get_num_threads() // (2 * heads))
+    grad_queries_THPQ = new_tensor(queries.shape)
+    grads_keys_CHPSQ = new_tensor((pieces, heads, 2, side, width))
     in_parallel(
-        _to_queries,
-        len(ids),
+        _look_back,
+        pieces * heads * 2,
         array(grad.float()),
         array(ids),
-        array(keys_NQ),
-        side,
-        array(rows_MK),
-        array(grad_MK),
-        array(grad_queries_MQ),
-        grain=GRAIN,
+        array(queries.float()),
+        array(keys.float()),
+        array(grad_queries_THPQ),
+        array(grads_keys_CHPSQ),
+        grain=1,
     )
-    found = segments(rows_MK, len(keys_NQ))
-    grad_keys_NQ = table_gradient(keys_NQ, found, array(grad_MK).reshape(-1), array(queries_MQ), False)
-    return grad_queries_MQ.view_as(queries).to(queries.dtype), grad_keys_NQ.view_as(keys).to(keys.dtype)
+    grad_keys_HPSQ = grads_keys_CHPSQ[0] if pieces == 1 else grads_keys_CHPSQ.sum(0)
+    return grad_queries_THPQ.to(queries.dtype), grad_keys_HPSQ.to(keys.dtype)
 
 
 @compiled
-def _to_queries(
+def _look_back(
     start: int,
     stop: int,
     grad_THK: Any,
     ids_THK: Any,
-    keys_NQ: Any,
-    side: int,
-    rows_MK: Any,
-    grad_MK: Any,
-    grad_queries_MQ: Any,
+    queries_THPQ: Any,
+    keys_HPSQ: Any,
+    grad_queries_THPQ: Any,
+    grads_keys_CHPSQ: Any,
 ) -> None:
-    """The queries' gradients, and each winner's two sub-keys as rows of all heads' sub-keys, with their gradients."""
-    heads, k = grad_THK.shape[1], grad_THK.shape[2]
-    for token in range(start, stop):
-        for head in range(heads):
-            for half in range(2):
-                row = (token * heads + head) * 2 + half
-                grad_queries_MQ[row] = 0
-                for place in range(k):
-                    expert = ids_THK[token, head, place]
-                    sub_key = expert // side if half == 0 else expert % side
-                    key = (head * 2 + half) * side + sub_key
-                    rows_MK[row, place], grad_MK[row, place] = key, grad_THK[token, head, place]
-                    add_row(grad_queries_MQ[row], grad_THK[token, head, place], keys_NQ, key)
+    """One half of one head for a piece of the tokens: its sub-keys and their gradients stay in the cache.
+
+    Each piece has gradients of the sub-keys of its own, which are added up in order.
+    """
+    pieces, heads, _, side, _ = grads_keys_CHPSQ.shape
+    tokens, k = len(ids_THK), ids_THK.shape[2]
+    for unit in range(start, stop):
+        piece, head, half = unit // (2 * heads), unit // 2 % heads, unit % 2
+        keys_SQ, grad_keys_SQ = keys_HPSQ[head, half], grads_keys_CHPSQ[piece, head, half]
+        grad_keys_SQ[:] = 0
+        for token in range(tokens * piece // pieces, tokens * (piece + 1) // pieces):
+            queries_PQ, grad_query_Q = queries_THPQ[token, head], grad_queries_THPQ[token, head, half]
+            grad_query_Q[:] = 0
+            for place in range(k):
+                expert, grad = ids_THK[token, head, place], grad_THK[token, head, place]
+                sub_key = expert // side if half == 0 else expert % side
+                add_row(grad_query_Q, grad, keys_SQ, sub_key)
+                add_row(grad_keys_SQ[sub_key], grad, queries_PQ, half)
 
 
 FUNCTIONS = ProductKeyFunctions(_forward, _backward)
