@@ -176,17 +176,18 @@ def route(model: LanguageModel, ids: Iterable[Tensor]) -> Iterator[tuple[Tensor,
             with torch.inference_mode():
                 # Targets, of whatever kind, keep the model from returning the logits of a whole vocabulary.
                 output = model(ids_on_device_BS, targets=ids_on_device_BS, with_routing=True)
-            layers = _routed_layers(output.routing)
+            layers = _routed_layers(model, output.routing)
             here = {name: each._replace(ids=each.ids.cpu(), weights=each.weights.cpu()) for name, each in layers}
             yield ids_BS.cpu(), here
     finally:
         model.train(was_training)
 
 
-def _routed_layers(routing: Iterable[tuple[Routing, ...]]) -> Iterator[tuple[str, Routing]]:
-    for block, layers in enumerate(routing):
+def _routed_layers(model: LanguageModel, routing: Iterable[tuple[Routing, ...]]) -> Iterator[tuple[str, Routing]]:
+    for index, layers in enumerate(routing):
+        name = model.layer_name(index)
         for part, layer in enumerate(layers):
-            yield f"block {block}" if len(layers) == 1 else f"block {block}.{part}", layer
+            yield name if len(layers) == 1 else f"{name}.{part}", layer
 
 
 @dataclass

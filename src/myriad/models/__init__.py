@@ -1,8 +1,9 @@
 """Language models: configs that build them, and modules that return values."""
 
-from myriad.models.base import Cache, LanguageModel, LMOutput, ModelConfig
+from myriad.models.base import Cache, LanguageModel, LayerCache, LMOutput, ModelConfig
 from myriad.models.cache import KVCache
 from myriad.models.transformer import Transformer, TransformerConfig
+from myriad.models.transformer_experts import ExpertRouting, TransformerExpertsConfig
 
 
 def build(config: ModelConfig) -> LanguageModel:
@@ -14,13 +15,22 @@ def build(config: ModelConfig) -> LanguageModel:
     return config.build()
 
 
+def kinds() -> list[str]:
+    """The kinds of models that a config can name."""
+    return sorted(ModelConfig.kinds)
+
+
 __all__ = [
     "Cache",
+    "ExpertRouting",
     "KVCache",
     "LMOutput",
     "LanguageModel",
+    "LayerCache",
     "ModelConfig",
     "Transformer",
     "TransformerConfig",
+    "TransformerExpertsConfig",
     "build",
+    "kinds",
 ]

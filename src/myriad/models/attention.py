@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from myriad.ffn import Cost
-from myriad.models.base import Cache
+from myriad.models.base import LayerCache
 from myriad.models.rotary import rotate
 
 
@@ -35,7 +35,7 @@ class Attention(nn.Module):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
 
     def forward(
-        self, x_BSD: Tensor, angles: tuple[Tensor, Tensor], allowed: Tensor | None, cache: Cache | None
+        self, x_BSD: Tensor, angles: tuple[Tensor, Tensor], allowed: Tensor | None, cache: LayerCache | None
     ) -> Tensor:
         """Attend.
 

@@ -2,24 +2,30 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
 
 from pydantic import Field
 from torch import Tensor, nn
 
 from myriad.config import ConfigError, Count, Variant
 from myriad.ffn import Cost, Role, Routing
+from myriad.models.cache import KVCache
 
 
 class Cache(Protocol):
+    """What a model remembers of earlier positions."""
+
+    def get_seq_length(self) -> int:
+        """The positions held."""
+        ...
+
+
+@runtime_checkable
+class LayerCache(Cache, Protocol):
     """Keys and values of earlier positions, by layer. The caches of `transformers` fit."""
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Append (B, H, S, Q) tensors to a layer and return all that it holds."""
-        ...
-
-    def get_seq_length(self) -> int:
-        """The positions held."""
         ...
 
 
@@ -71,13 +77,36 @@ class ModelConfig(Variant):
         """This config with a vocabulary size."""
         return self.model_copy(update={"vocab_size": size})
 
+    @classmethod
+    def examples(cls) -> Sequence[Self]:
+        """Small configs of 50 tokens and a context of 32 that between them use every option: the contract tests
+        run on each."""
+        raise NotImplementedError
+
 
 class LanguageModel(nn.Module, ABC):
     """A model of the next token."""
 
     config: ModelConfig
-    activation_checkpointing: bool = False
-    """Run-time choice: whether the backward pass computes each block again instead of keeping its values."""
+    _activation_checkpointing: bool = False
+
+    @property
+    def activation_checkpointing(self) -> bool:
+        """Run-time choice: whether the backward pass computes each block again instead of keeping its values.
+
+        It is set in the language models inside this one, too.
+        """
+        return self._activation_checkpointing
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, enabled: bool) -> None:
+        for module in self.modules():
+            if isinstance(module, LanguageModel):
+                module._activation_checkpointing = enabled
+
+    def new_cache(self) -> Cache:
+        """An empty cache of the kind that this model generates with."""
+        return KVCache()
 
     @abstractmethod
     def forward(
@@ -97,13 +126,17 @@ class LanguageModel(nn.Module, ABC):
             targets: the tokens to predict, (B, S), already shifted: targets[b, s] follows ids[b, s]. Negative
                 ones are not counted. With targets the loss is returned and no logits.
             positions: of shape (B, S); None: those after the cache's.
-            cache: earlier positions; this call's are appended.
+            cache: earlier positions, in a cache that `new_cache` made; this call's are appended.
             mask: bool of shape (B, cached + S), False for padding; None: no padding.
             with_routing: whether to return every layer's routing.
 
         Raises:
             ValueError: more positions than the context.
         """
+
+    def layer_name(self, index: int) -> str:
+        """What reports call an entry of `LMOutput.routing`."""
+        return f"block {index}"
 
     @abstractmethod
     def roles(self) -> dict[str, Role]:

@@ -9,6 +9,9 @@ class KVCache:
     Each layer holds keys and values of shape (B, H, capacity, Q).
     """
 
+    is_compileable = False
+    """Transformers' word for a cache of fixed length."""
+
     def __init__(self) -> None:
         self._buffers: list[tuple[Tensor, Tensor]] = []
         self._lengths: list[int] = []
@@ -29,6 +32,11 @@ class KVCache:
         values[:, :, start:end] = value_states
         self._buffers[layer_idx], self._lengths[layer_idx] = (keys, values), end
         return keys[:, :, :end], values[:, :, :end]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let sequence i go on from what sequence `beam_idx[i]` holds; there may be fewer or more of them then."""
+        for layer, (keys, values) in enumerate(self._buffers):
+            self._buffers[layer] = keys.index_select(0, beam_idx), values.index_select(0, beam_idx)
 
 
 def _with_room(buffer: Tensor, used: int, needed: int) -> Tensor:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from myriad.config import nearest, register
-from myriad.ffn import FFN, Cost, DenseConfig, FFNConfig, FFNOutput, Role
+from myriad.ffn import FFN, Cost, DenseConfig, FFNConfig, FFNOutput, Role, Routing
 from myriad.ffn.tables import SharedTable, TableConfig, Tables, refuse_misfits
 from myriad.models.attention import Attention, attention_cost, attention_mask
-from myriad.models.base import Cache, LanguageModel, LMOutput, ModelConfig
+from myriad.models.base import Cache, LanguageModel, LayerCache, LMOutput, ModelConfig
 from myriad.models.loss import chunked_cross_entropy
 from myriad.models.rotary import rotary_angles
 
@@ -131,7 +131,7 @@ class Block(nn.Module):
         x_BSD: Tensor,
         angles: tuple[Tensor, Tensor],
         allowed: Tensor | None,
-        cache: Cache | None,
+        cache: LayerCache | None,
         mask_BS: Tensor | None,
         with_routing: bool,
     ) -> BlockOutput:
@@ -139,6 +139,16 @@ class Block(nn.Module):
         x_BSD = x_BSD + self.dropout(attended)
         output: FFNOutput = self.ffn(self.ffn_norm(x_BSD), mask=mask_BS, with_routing=with_routing)
         return BlockOutput(x_BSD + self.dropout(output.y), output)
+
+
+class Encoded(NamedTuple):
+    """A transformer's output before its head; the other fields are those of `LMOutput`."""
+
+    x_BSD: Tensor
+    """The last block's, normalised."""
+    aux_loss: Tensor
+    loads: tuple[dict[str, Tensor], ...]
+    routing: tuple[tuple[Routing, ...], ...]
 
 
 class Transformer(LanguageModel):
@@ -168,6 +178,25 @@ class Transformer(LanguageModel):
         mask: Tensor | None = None,
         with_routing: bool = False,
     ) -> LMOutput:
+        encoded = self.encode(ids, positions=positions, cache=cache, mask=mask, with_routing=with_routing)
+        logits = loss = count = None
+        if targets is None:
+            logits = nn.functional.linear(encoded.x_BSD, self.output_embedding)
+        else:
+            loss = chunked_cross_entropy(encoded.x_BSD.flatten(0, 1), self.output_embedding, targets.flatten())
+            count = (targets >= 0).sum()
+        return LMOutput(logits, loss, count, encoded.aux_loss, encoded.loads, encoded.routing)
+
+    def encode(
+        self,
+        ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+        mask: Tensor | None = None,
+        with_routing: bool = False,
+    ) -> Encoded:
+        """All but the product with the output embedding. Arguments are those of `forward`."""
         batch, new = ids.shape
         cached = 0 if cache is None else cache.get_seq_length()
         total = cached + new
@@ -175,6 +204,7 @@ class Transformer(LanguageModel):
             raise ValueError(f"{total} positions exceed the model's context of {self.config.context}")
         if positions is None:
             positions = torch.arange(cached, total, device=ids.device).expand(batch, new)
+        assert cache is None or isinstance(cache, LayerCache)
         angles = rotary_angles(positions, self.config.head_width, self.config.rope_theta)
         allowed = attention_mask(batch, new, total, mask, ids.device)
         mask_BS = None if mask is None else mask[:, -new:]
@@ -188,19 +218,15 @@ class Transformer(LanguageModel):
             else:
                 x_BSD, output = block(*inputs)
             outputs.append(output)
-        x_BSD = self.norm(x_BSD)
-
-        logits = loss = count = None
-        weight_VD = self.embedding.weight if self.head is None else self.head.weight
-        if targets is None:
-            logits = nn.functional.linear(x_BSD, weight_VD)
-        else:
-            loss = chunked_cross_entropy(x_BSD.flatten(0, 1), weight_VD, targets.flatten())
-            count = (targets >= 0).sum()
         aux_loss = torch.stack([output.aux_loss for output in outputs]).sum()
         loads = tuple(output.load for output in outputs)
         routing = tuple(output.routing for output in outputs) if with_routing else ()
-        return LMOutput(logits, loss, count, aux_loss, loads, routing)
+        return Encoded(self.norm(x_BSD), aux_loss, loads, routing)
+
+    @property
+    def output_embedding(self) -> Tensor:
+        """The weight (V, D) whose products with the encoded positions are the logits."""
+        return self.embedding.weight if self.head is None else self.head.weight
 
     def roles(self) -> dict[str, Role]:
         roles: dict[str, Role] = {
