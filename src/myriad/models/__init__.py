@@ -2,6 +2,7 @@
 
 from myriad.models.base import Cache, LanguageModel, LayerCache, LMOutput, ModelConfig
 from myriad.models.cache import KVCache
+from myriad.models.posterior import PosteriorRouting
 from myriad.models.transformer import Transformer, TransformerConfig
 from myriad.models.transformer_experts import ExpertRouting, TransformerExpertsConfig
 
@@ -28,6 +29,7 @@ __all__ = [
     "LanguageModel",
     "LayerCache",
     "ModelConfig",
+    "PosteriorRouting",
     "Transformer",
     "TransformerConfig",
     "TransformerExpertsConfig",

@@ -1,7 +1,9 @@
 """The cross-entropy of a large vocabulary without its logits: computed in chunks of tokens.
 
-The gradient is taken chunk by chunk in the forward pass, where the logits are at hand, so that they are made
-once and never kept: three products of T x D x V in all, and memory for one chunk.
+The gradient of the cross-entropy is taken chunk by chunk in the forward pass, where the logits are at hand, so that
+they are made once and never kept: three products of T x D x V in all, and memory for one chunk.
+The normalizer alone, `chunked_logsumexp`, is for losses whose gradient is known only when all tokens are: its logits
+are made again in the backward pass.
 
 Legend: `T` tokens, `D` width, `V` vocabulary, `C` tokens of a chunk.
 """
@@ -34,13 +36,26 @@ def chunked_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tenso
     """
     if torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad):
         return _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, targets_T)  # pyright: ignore[reportReturnType]
-    total = hidden_TD.new_zeros((), dtype=_loss_dtype(hidden_TD))
+    total = hidden_TD.new_zeros((), dtype=loss_dtype(hidden_TD))
     for chunk in _chunks(targets_T, len(weight_VD)):
         total += _loss(F.linear(hidden_TD[chunk], weight_VD), targets_T[chunk])
     return total
 
 
-def _loss_dtype(hidden: Tensor) -> torch.dtype:
+def chunked_logsumexp(hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
+    """log sum exp (hidden @ weight.T) over the vocabulary.
+
+    Args:
+        hidden_TD: the last layer's normalised outputs.
+        weight_VD: the output embedding.
+
+    Returns:
+        of shape (T,), float32 (float64 for float64 inputs). Its gradient cannot be differentiated again.
+    """
+    return _ChunkedLogSumExp.apply(hidden_TD, weight_VD)  # pyright: ignore[reportReturnType]
+
+
+def loss_dtype(hidden: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, torch.float32)
 
 
@@ -50,13 +65,13 @@ def _product_dtype(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if casts else hidden.dtype
 
 
-def _chunks(targets: Tensor, vocabulary: int) -> list[slice]:
+def _chunks(tokens_T: Tensor, vocabulary: int) -> list[slice]:
     step = max(LEAST_TOKENS_PER_CHUNK, LOGITS_PER_CHUNK // vocabulary)
-    return [slice(start, start + step) for start in range(0, len(targets), step)]
+    return [slice(start, start + step) for start in range(0, len(tokens_T), step)]
 
 
 def _loss(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
-    logits_CV = logits_CV.to(_loss_dtype(logits_CV))
+    logits_CV = logits_CV.to(loss_dtype(logits_CV))
     return F.cross_entropy(logits_CV, targets_C.clamp(min=-1), ignore_index=-1, reduction="sum")
 
 
@@ -68,7 +83,7 @@ def _blocks(logits_CV: Tensor) -> list[slice]:
 
 def _loss_to_gradient(logits_RV: Tensor, targets_R: Tensor) -> Tensor:
     """The sum of some rows' losses; their gradient takes the place of the logits."""
-    log_probs_RV = logits_RV.to(_loss_dtype(logits_RV)).log_softmax(dim=1)
+    log_probs_RV = logits_RV.to(loss_dtype(logits_RV)).log_softmax(dim=1)
     loss = F.nll_loss(log_probs_RV, targets_R.clamp(min=-1), ignore_index=-1, reduction="sum")
     grad_RV = log_probs_RV.exp_()
     grad_RV[torch.arange(len(targets_R), device=targets_R.device), targets_R.clamp(min=0)] -= 1
@@ -82,7 +97,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # What autocast would choose, but once: it would round the weight for every product.
         dtype = _product_dtype(hidden_TD)
         narrow_TD, narrow_VD = hidden_TD.to(dtype), weight_VD.to(dtype)
-        total = hidden_TD.new_zeros((), dtype=_loss_dtype(hidden_TD))
+        total = hidden_TD.new_zeros((), dtype=loss_dtype(hidden_TD))
         grad_hidden = torch.empty_like(hidden_TD)
         grad_weight = torch.zeros_like(weight_VD, dtype=torch.promote_types(weight_VD.dtype, torch.float32))
         chunks = _chunks(targets_T, len(weight_VD))
@@ -108,3 +123,37 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             grads[0].to(grad_weight.dtype) * grad_weight,
             None,
         )
+
+
+class _ChunkedLogSumExp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
+        dtype = _product_dtype(hidden_TD)
+        narrow_VD = weight_VD.to(dtype)
+        total_T = hidden_TD.new_empty(len(hidden_TD), dtype=loss_dtype(hidden_TD))
+        for chunk in _chunks(hidden_TD, len(weight_VD)):
+            total_T[chunk] = _wide(hidden_TD[chunk].to(dtype), narrow_VD).logsumexp(dim=1)
+        ctx.save_for_backward(hidden_TD, weight_VD, total_T)
+        ctx.product_dtype = dtype
+        return total_T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore
+        hidden_TD, weight_VD, total_T = ctx.saved_tensors
+        dtype, (grad_T,) = ctx.product_dtype, grads
+        narrow_VD = weight_VD.to(dtype)
+        grad_hidden = torch.empty_like(hidden_TD)
+        grad_weight = torch.zeros_like(weight_VD, dtype=torch.promote_types(weight_VD.dtype, torch.float32))
+        for chunk in _chunks(hidden_TD, len(weight_VD)):
+            hidden_CD = hidden_TD[chunk].to(dtype)
+            probs_CV = _wide(hidden_CD, narrow_VD).sub_(total_T[chunk].unsqueeze(1)).exp_()
+            grad_CV = probs_CV.mul_(grad_T[chunk].unsqueeze(1)).to(dtype)
+            grad_hidden[chunk] = (grad_CV @ narrow_VD).to(grad_hidden.dtype)
+            grad_weight += (grad_CV.T @ hidden_CD).to(grad_weight.dtype)
+        return grad_hidden, grad_weight.to(weight_VD.dtype)
+
+
+def _wide(hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:
+    """A chunk's logits in the loss's dtype."""
+    return torch.mm(hidden_CD, weight_VD.T).to(loss_dtype(hidden_CD))
