@@ -6,16 +6,20 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from myriad.config import validate
 from myriad.data.tokenizer import BYTES_VOCAB_SIZE
-from myriad.models import ModelConfig, TransformerConfig
+from myriad.models import ModelConfig, TransformerConfig, TransformerExpertsConfig
 
 
 def _read(name: str) -> property:
     """A read-only size: nothing is stored twice, so that `config.json` cannot contradict itself."""
 
     def value(config: "MyriadConfig") -> int:
-        return getattr(config.language_model, name)
+        return getattr(_transformer(config.language_model), name)
 
-    return property(value, doc=f"`{name}` of the language model.")
+    return property(value, doc=f"`{name}` of the language model; of a mixture of transformers, one expert's.")
+
+
+def _transformer(model: ModelConfig) -> ModelConfig:
+    return model.whole_expert if isinstance(model, TransformerExpertsConfig) else model
 
 
 class MyriadConfig(PreTrainedConfig):

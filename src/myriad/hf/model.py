@@ -21,7 +21,7 @@ from transformers.utils.generic import can_return_tuple
 from myriad.checkpoint import CheckpointError, intact_folder, read_json
 from myriad.config import MyriadError
 from myriad.hf.config import MyriadConfig
-from myriad.models import LanguageModel
+from myriad.models import LanguageModel, LayerCache
 
 
 class ContextError(MyriadError, ValueError):
@@ -114,7 +114,8 @@ class MyriadForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids: int64 of shape (B, S).
             attention_mask: of shape (B, cached + S), zero for padding.
             position_ids: of shape (B, S) or (1, S); None: those after the cache's.
-            past_key_values: a cache that grows, such as `DynamicCache`; this call's positions are appended.
+            past_key_values: a cache that grows, such as `DynamicCache`; a mixture's own, if the model is one. This
+                call's positions are appended.
             labels: of shape (B, S), unshifted: labels[b, s] is predicted from positions before s. Those of -100
                 are not counted. The loss is the mean in nats, in training with the auxiliary loss added.
             use_cache: whether to return a cache where none is given; None: outside training.
@@ -129,7 +130,7 @@ class MyriadForCausalLM(PreTrainedModel, GenerationMixin):
         if use_cache is None:
             use_cache = not (self.training or self.gradient_checkpointing)
         if past_key_values is None and use_cache:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = self._new_cache()
         mask = None if attention_mask is None else _padding_mask(attention_mask, input_ids, past_key_values)
         output = self.model(input_ids, positions=position_ids, cache=past_key_values, mask=mask)
         loss = None
@@ -144,6 +145,13 @@ class MyriadForCausalLM(PreTrainedModel, GenerationMixin):
             aux_loss=None if labels is None else output.aux_loss,
             loads=output.loads if self.training else None,
         )
+
+    def _new_cache(self) -> Any:
+        return DynamicCache(config=self.config) if self._supports_default_dynamic_cache() else self.model.new_cache()
+
+    def _supports_default_dynamic_cache(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """False for models that make a cache of their own: transformers then leaves it to `forward`."""
+        return isinstance(self.model.new_cache(), LayerCache)
 
     def room_after(self, tokens: int) -> int:
         """How many tokens can follow so many.

@@ -2,6 +2,8 @@
 
 from myriad.models.base import Cache, LanguageModel, LayerCache, LMOutput, ModelConfig
 from myriad.models.cache import KVCache
+from myriad.models.cluster_mixture import ClusterRouting
+from myriad.models.clusters import Clusters
 from myriad.models.posterior import PosteriorRouting
 from myriad.models.transformer import Transformer, TransformerConfig
 from myriad.models.transformer_experts import ExpertRouting, TransformerExpertsConfig
@@ -23,6 +25,8 @@ def kinds() -> list[str]:
 
 __all__ = [
     "Cache",
+    "ClusterRouting",
+    "Clusters",
     "ExpertRouting",
     "KVCache",
     "LMOutput",

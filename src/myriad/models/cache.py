@@ -35,8 +35,14 @@ class KVCache:
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let sequence i go on from what sequence `beam_idx[i]` holds; there may be fewer or more of them then."""
-        for layer, (keys, values) in enumerate(self._buffers):
-            self._buffers[layer] = keys.index_select(0, beam_idx), values.index_select(0, beam_idx)
+        self._buffers = self.select(beam_idx)._buffers
+
+    def select(self, rows: Tensor) -> "KVCache":
+        """A cache of some sequences alone, which grows by itself."""
+        cache = KVCache()
+        cache._buffers = [(keys.index_select(0, rows), values.index_select(0, rows)) for keys, values in self._buffers]
+        cache._lengths = list(self._lengths)
+        return cache
 
 
 def _with_room(buffer: Tensor, used: int, needed: int) -> Tensor:

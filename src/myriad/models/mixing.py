@@ -114,10 +114,10 @@ def keep_most_probable(log_w: Tensor, top_k: int | None) -> Tensor:
 
 
 def routing_of(log_w_BSE: Tensor, top_k: int | None) -> Routing:
-    """The experts of every token, those with most weight first."""
+    """The experts of every token, those with most weight first; a weight that changes no digit of the output is 0."""
     experts = log_w_BSE.shape[-1]
     weights, ids = log_w_BSE.detach().exp().topk(top_k or experts, dim=-1)
-    return Routing(ids, weights, experts)
+    return Routing(ids, torch.where(weights > torch.finfo(torch.float32).eps, weights, 0), experts)
 
 
 def times(number: int, cost: Cost) -> Cost:

@@ -150,19 +150,20 @@ class PosteriorMixture(LanguageModel):
             # The last position's come with its logits.
             log_z_BSE = _stack([normalizers(head.x_BSD[:, :-1], head.weight_VD) for head in heads])
             log_w_BSE = self._posterior(ids, real_BS, heads, log_z_BSE, seen)
-            logits, log_z_BSE = _mixed_logits(heads, keep_most_probable(log_w_BSE, self.top_k))
+            kept_BSE = keep_most_probable(log_w_BSE, self.top_k)
+            logits, log_z_BSE = _mixed_logits(heads, kept_BSE)
         else:
             log_z_BSE = _stack([normalizers(*head) for head in heads])
             log_w_BSE = self._posterior(ids, real_BS, heads, log_z_BSE, seen)
+            kept_BSE = keep_most_probable(log_w_BSE, self.top_k)
             log_p_BSE = _stack([logits_of(targets, *head) for head in heads]) - log_z_BSE
-            kept_TE = keep_most_probable(log_w_BSE, self.top_k).flatten(0, 1)
-            loss, count = mixed_loss(kept_TE, log_p_BSE.flatten(0, 1), targets.flatten())
+            loss, count = mixed_loss(kept_BSE.flatten(0, 1), log_p_BSE.flatten(0, 1), targets.flatten())
         if cache is not None:
             last_BED = torch.stack([head.x_BSD[:, -1] for head in heads], dim=1)
             cache.seen = Seen(log_w_BSE[:, -1], last_BED, log_z_BSE[:, -1], real_BS[:, -1])
         aux_loss = torch.stack([output.aux_loss for output in encoded]).sum()
         loads = tuple(load for output in encoded for load in output.loads)
-        routing = ((routing_of(log_w_BSE, self.top_k),),) if with_routing else ()
+        routing = ((routing_of(kept_BSE, self.top_k),),) if with_routing else ()
         return LMOutput(logits, loss, count, aux_loss, loads, routing)
 
     def _posterior(

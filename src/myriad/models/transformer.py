@@ -10,15 +10,26 @@
 from collections.abc import Sequence
 from functools import reduce
 from operator import add
-from typing import Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from myriad.config import nearest, register
-from myriad.ffn import FFN, Cost, DenseConfig, FFNConfig, FFNOutput, Role, Routing
+from myriad.config import nearest, register, validate
+from myriad.ffn import (
+    FFN,
+    Cost,
+    DenseConfig,
+    FFNConfig,
+    FFNOutput,
+    PEERConfig,
+    ProductKeyMemoryConfig,
+    Role,
+    Routing,
+    StackConfig,
+)
 from myriad.ffn.tables import SharedTable, TableConfig, Tables, refuse_misfits
 from myriad.models.attention import Attention, attention_cost, attention_mask
 from myriad.models.base import Cache, LanguageModel, LayerCache, LMOutput, ModelConfig
@@ -107,6 +118,20 @@ class TransformerConfig(ModelConfig):
         embedding = Cost() if self.tie_embeddings else Cost(size, self.d_model, 0, 4 * self.d_model)
         shared = Cost(sum(table.parameters(self.d_model) for table in self.tables.values()))
         return reduce(add, blocks) + head + embedding + shared + Cost.of_vector(self.d_model)
+
+    @classmethod
+    def examples(cls) -> Sequence[Self]:
+        peer = PEERConfig(experts=64, heads=2, experts_per_head=4, d_key=8)
+        two = StackConfig(layers=[peer, peer])
+        memory = ProductKeyMemoryConfig.memory_plus(memories=64, heads=2, memories_per_head=4, d_key=8, table="values")
+        small = cls(vocab_size=50, context=32, layers=2, d_model=32, heads=2)
+        others: Sequence[dict[str, Any]] = [
+            {"layers": 3, "ffns": {"peer": peer, "dense": DenseConfig()}, "pattern": ["dense", "peer"]},
+            {"heads": 4, "kv_heads": 2, "qk_norm": True, "tie_embeddings": False, "head_dim": 6},
+            {"ffns": {"two": two}, "pattern": ["two"], "rope_theta": 100.0},
+            {"ffns": {"memory": memory}, "pattern": ["memory"], "tables": {"values": TableConfig(rows=64)}},
+        ]
+        return [small, *(validate(cls, {**small.model_dump(mode="json"), **other}) for other in others)]
 
 
 class BlockOutput(NamedTuple):
