@@ -1,9 +1,11 @@
+import itertools
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 from myriad.ffn.balance import Share
-from myriad.ffn.thresholds import RunningThresholds, best_of_each, reaches, take_best
+from myriad.ffn.thresholds import RunningThresholds, best_of_each, chosen_routing, reaches, take_best
 
 HALF = Share.of(0.5)
 SCORES = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.5, 0.5]])
@@ -38,6 +40,42 @@ def test_nothing_is_taken_of_padding_alone():
     taken = take_best(SCORES, HALF, torch.zeros(4, dtype=torch.bool))
     assert not taken.scores_EC.any()
     assert not taken.cutoffs_E.any()
+
+
+def test_groups_choose_each_by_itself():
+    torch.manual_seed(0)
+    scores = torch.rand(2, 3, 6, 4)
+    mask = torch.rand(2, 3, 6) < 0.7
+    mask[0, 0] = False
+    thresholds = torch.rand(4)
+    for given in (None, mask):
+        together = take_best(scores, HALF, given)
+        reached = reaches(scores, thresholds, given)
+        for group in itertools.product(range(2), range(3)):
+            alone = take_best(scores[group], HALF, None if given is None else given[group])
+            for one, other in zip(together, alone, strict=True):
+                assert torch.equal(one[group], other)
+            one = None if given is None else given[group]
+            assert torch.equal(reached[group], reaches(scores[group], thresholds, one))
+    kept = best_of_each(scores, reached, 1)
+    assert torch.equal(kept[1, 2], best_of_each(scores[1, 2], reached[1, 2], 1))
+
+
+def test_groups_count_by_their_tokens():
+    thresholds = RunningThresholds(2, 0.9, 0.5)
+    cutoffs, tokens = torch.tensor([[0.1, 0.2], [0.4, 0.8], [0.9, 0.9]]), torch.tensor([30, 10, 0])
+    thresholds.after_step(thresholds.load(cutoffs, tokens))
+    assert_close(thresholds.value, torch.tensor([0.175, 0.35]))
+
+
+def test_routing_lists_the_chosen_experts_best_first():
+    chosen = torch.tensor([[True, True], [False, True], [False, False], [True, False]])
+    for shape in ((4,), (2, 2)):
+        routing = chosen_routing(SCORES.view(*shape, 2), chosen.view(*shape, 2))
+        assert (routing.ids.shape, routing.experts) == ((*shape, 2), 2)
+        assert_close(routing.weights.view(4, 2), torch.tensor([[0.9, 0.1], [0.8, 0], [0, 0], [0.5, 0]]))
+        assert routing.ids.view(4, 2)[:2, 0].tolist() == [0, 1]
+    assert chosen_routing(SCORES[:0], chosen[:0]).ids.shape == (0, 1)
 
 
 def test_scores_that_reach_a_threshold():

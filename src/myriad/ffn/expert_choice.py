@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from myriad.config import ConfigError, register
 from myriad.ffn.balance import Share
-from myriad.ffn.base import FFN, Cost, FFNConfig, FFNOutput, Role, Routing, no_loss
+from myriad.ffn.base import FFN, Cost, FFNConfig, FFNOutput, Role, no_loss
 from myriad.ffn.experts import Activation, Experts, expert_width, experts_cost, mix, mix_batched, router_logits
-from myriad.ffn.thresholds import RunningThresholds, Taken, best_of_each, reaches, take_best
+from myriad.ffn.thresholds import RunningThresholds, Taken, best_of_each, chosen_routing, reaches, take_best
 
 
 @register
@@ -111,7 +111,8 @@ class ExpertChoice(FFN):
             y_TD, chosen_TE = self._mix_taken(x_TD, scores_TE, taken)
         else:
             y_TD, chosen_TE = self._mix_reaching(x_TD, scores_TE, mask_T)
-        routing = (_routing(scores_TE, chosen_TE, x.shape[:-1]),) if with_routing else ()
+        chosen = (part.view(*x.shape[:-1], -1) for part in (scores_TE, chosen_TE))
+        routing = (chosen_routing(*chosen),) if with_routing else ()
         return FFNOutput(y_TD.view_as(x), no_loss(x), load, routing)
 
     def _take(self, scores_TE: Tensor, mask_T: Tensor | None) -> Taken:
@@ -152,10 +153,3 @@ class ExpertChoice(FFN):
 
     def roles(self) -> dict[str, Role]:
         return {name: "matrix" for name, _ in self.named_parameters()}
-
-
-def _routing(scores_TE: Tensor, chosen_TE: Tensor, shape: torch.Size) -> Routing:
-    """As many experts for each token as the token with the most has, the others filled up with weight zero."""
-    most = max(1, int(chosen_TE.sum(1).max())) if len(chosen_TE) else 1
-    weights_TA, ids_TA = (scores_TE.detach() * chosen_TE).topk(most)
-    return Routing(ids_TA.view(*shape, most), weights_TA.view(*shape, most), scores_TE.shape[1])
