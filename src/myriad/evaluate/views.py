@@ -23,18 +23,18 @@ def causal_view(model: LanguageModel) -> Iterator[None]:
 
 @contextmanager
 def training_view(model: LanguageModel) -> Iterator[None]:
-    """In eval mode, but layers that choose experts by a look at later tokens in training do so here, too.
+    """In eval mode, but what chooses experts by a look at later tokens in training does so here, too.
 
     What is measured so is not causal: no measure of quality.
 
     Raises:
-        ConfigError: the model has no such layers.
+        ConfigError: nothing in the model does.
     """
-    layers = [module for module in model.modules() if isinstance(module, FFN)]
-    looking_ahead = [layer for layer in layers if not layer.causal_in_training()]
+    modules = [module for module in model.modules() if isinstance(module, FFN | LanguageModel)]
+    looking_ahead = [module for module in modules if not module.causal_in_training()]
     if not looking_ahead:
         raise ConfigError("training view: the model chooses experts causally in training, too: it has one view alone")
     with causal_view(model):
-        for layer in looking_ahead:
-            layer.train()
+        for module in looking_ahead:
+            module.training = True  # itself alone: what it holds would drop values
         yield

@@ -142,6 +142,13 @@ class LanguageModel(nn.Module, ABC):
     def roles(self) -> dict[str, Role]:
         """Parameter name -> role, for every parameter."""
 
+    def causal_in_training(self) -> bool:
+        """Whether the model itself chooses experts without a look at later tokens in training, too, as things stand.
+
+        Its feed-forward layers answer for themselves.
+        """
+        return True
+
     @abstractmethod
     def after_step(self, loads: Sequence[dict[str, Tensor]]) -> None:
         """Hand each layer its statistics of one step, summed over micro-batches and ranks."""

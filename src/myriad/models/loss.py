@@ -8,7 +8,7 @@ are made again in the backward pass.
 Legend: `T` tokens, `D` width, `V` vocabulary, `C` tokens of a chunk.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,23 @@ LOGITS_PER_BLOCK = 2**19
 """Logits that a CPU goes over several times in a row: 2 MB in float32."""
 LEAST_TOKENS_PER_CHUNK = 512
 """Each chunk reads the weight and adds to its gradient once, which fewer tokens would not pay for."""
+
+
+class Prediction(NamedTuple):
+    logits: Tensor | None
+    """(B, S, V), without targets."""
+    loss: Tensor | None
+    """With targets: the sum of the negative log likelihood in nats."""
+    targets: Tensor | None
+    """With targets: how many were counted."""
+
+
+def predict(hidden_BSD: Tensor, weight_VD: Tensor, targets_BS: Tensor | None) -> Prediction:
+    """The logits, or the loss of targets; negative ones are not counted."""
+    if targets_BS is None:
+        return Prediction(F.linear(hidden_BSD, weight_VD), None, None)
+    loss = chunked_cross_entropy(hidden_BSD.flatten(0, 1), weight_VD, targets_BS.flatten())
+    return Prediction(None, loss, (targets_BS >= 0).sum())
 
 
 def chunked_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
@@ -91,6 +108,12 @@ def _loss_to_gradient(logits_RV: Tensor, targets_R: Tensor) -> Tensor:
     return loss
 
 
+def _add(total_VD: Tensor, product_VD: Tensor) -> None:
+    """In blocks: a CPU adds numbers of two dtypes one by one."""
+    for block in _blocks(product_VD):
+        total_VD[block] += product_VD[block].to(total_VD.dtype)
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
@@ -99,7 +122,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         narrow_TD, narrow_VD = hidden_TD.to(dtype), weight_VD.to(dtype)
         total = hidden_TD.new_zeros((), dtype=loss_dtype(hidden_TD))
         grad_hidden = torch.empty_like(hidden_TD)
-        grad_weight = torch.zeros_like(weight_VD, dtype=torch.promote_types(weight_VD.dtype, torch.float32))
+        grad_weight = None
+        if ctx.needs_input_grad[1]:  # a frozen weight's would be a third of the work, for nothing
+            grad_weight = torch.zeros_like(weight_VD, dtype=torch.promote_types(weight_VD.dtype, torch.float32))
         chunks = _chunks(targets_T, len(weight_VD))
         room_CV = narrow_TD.new_empty(min(len(targets_T), chunks[0].stop) if chunks else 0, len(weight_VD))
         for chunk in chunks:
@@ -108,19 +133,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             for block in _blocks(logits_CV):
                 total += _loss_to_gradient(logits_CV[block], targets_C[block])
             grad_hidden[chunk] = logits_CV @ narrow_VD
-            product_VD = logits_CV.T @ hidden_CD
-            for block in _blocks(product_VD):  # a CPU adds numbers of two dtypes one by one
-                grad_weight[block] += product_VD[block].to(grad_weight.dtype)
-        ctx.save_for_backward(grad_hidden, grad_weight.to(weight_VD.dtype))
+            if grad_weight is not None:
+                _add(grad_weight, logits_CV.T @ hidden_CD)
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight_VD.dtype))
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:  # pyright: ignore
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
             grads[0].to(grad_hidden.dtype) * grad_hidden,
-            grads[0].to(grad_weight.dtype) * grad_weight,
+            None if grad_weight is None else grads[0].to(grad_weight.dtype) * grad_weight,
             None,
         )
 

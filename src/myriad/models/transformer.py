@@ -7,7 +7,7 @@
 - `tables` names those that layers share
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import reduce
 from operator import add
 from typing import Any, Literal, NamedTuple, Self
@@ -33,7 +33,7 @@ from myriad.ffn import (
 from myriad.ffn.tables import SharedTable, TableConfig, Tables, refuse_misfits
 from myriad.models.attention import Attention, attention_cost, attention_mask
 from myriad.models.base import Cache, LanguageModel, LayerCache, LMOutput, ModelConfig
-from myriad.models.loss import chunked_cross_entropy
+from myriad.models.loss import predict
 from myriad.models.rotary import rotary_angles
 
 
@@ -107,17 +107,23 @@ class TransformerConfig(ModelConfig):
         return Transformer(self)
 
     def cost(self) -> Cost:
-        attention = attention_cost(
-            self.d_model, self.heads, self.key_value_heads, self.head_width, self.qk_norm, self.context
-        )
+        shared = Cost(sum(table.parameters(self.d_model) for table in self.tables.values()))
+        return self.blocks_cost(self.context) + self.embeddings_cost(self.vocabulary) + shared
+
+    def blocks_cost(self, seen: int) -> Cost:
+        """What the blocks cost a token in a sequence of so many."""
+        attention = attention_cost(self.d_model, self.heads, self.key_value_heads, self.head_width, self.qk_norm, seen)
         norms = Cost.of_vector(2 * self.d_model)
         blocks = [attention + norms + self.ffns[name].cost(self.d_model) for name in self.placement]
-        head = Cost.of_matrix(self.d_model, self.vocabulary)
+        return reduce(add, blocks)
+
+    def embeddings_cost(self, vocabulary: int) -> Cost:
+        """What stands before and after the blocks: the embeddings and the last norm."""
+        head = Cost.of_matrix(self.d_model, vocabulary)
         # An embedding is looked up: one of its rows takes part.
-        size = self.d_model * self.vocabulary
+        size = self.d_model * vocabulary
         embedding = Cost() if self.tie_embeddings else Cost(size, self.d_model, 0, 4 * self.d_model)
-        shared = Cost(sum(table.parameters(self.d_model) for table in self.tables.values()))
-        return reduce(add, blocks) + head + embedding + shared + Cost.of_vector(self.d_model)
+        return head + embedding + Cost.of_vector(self.d_model)
 
     @classmethod
     def examples(cls) -> Sequence[Self]:
@@ -166,6 +172,54 @@ class Block(nn.Module):
         return BlockOutput(x_BSD + self.dropout(output.y), output)
 
 
+class BlocksOutput(NamedTuple):
+    x_BSD: Tensor
+    ffns: list[FFNOutput]
+    """Of each block."""
+
+
+def through_blocks(
+    blocks: nn.ModuleList,
+    x_BSD: Tensor,
+    angles: tuple[Tensor, Tensor],
+    *,
+    allowed: Tensor | None = None,
+    cache: LayerCache | None = None,
+    mask_BS: Tensor | None = None,
+    with_routing: bool = False,
+    checkpointing: bool = False,
+) -> BlocksOutput:
+    """Go through blocks, first to last; with checkpointing, the backward pass computes each again."""
+    outputs: list[FFNOutput] = []
+    for block in blocks:
+        inputs = (x_BSD, angles, allowed, cache, mask_BS, with_routing)
+        if checkpointing and torch.is_grad_enabled() and cache is None:
+            x_BSD, output = checkpoint(block, *inputs, use_reentrant=False)  # pyright: ignore
+        else:
+            x_BSD, output = block(*inputs)
+        outputs.append(output)
+    return BlocksOutput(x_BSD, outputs)
+
+
+def block_roles(blocks: nn.ModuleList, prefix: str) -> dict[str, Role]:
+    """Parameter name -> role, for every parameter of blocks whose names begin with a prefix."""
+    roles: dict[str, Role] = {
+        f"{prefix}.{name}": "matrix" if parameter.ndim == 2 else "vector"
+        for name, parameter in blocks.named_parameters()
+    }
+    for index, block in enumerate(blocks):
+        assert isinstance(block, Block)
+        roles |= {f"{prefix}.{index}.ffn.{name}": role for name, role in block.ffn.roles().items()}
+    return roles
+
+
+def after_step_of_blocks(blocks: Iterable[nn.Module], loads: Iterable[dict[str, Tensor]]) -> None:
+    """Hand each block's layer its statistics of one step."""
+    for block, load in zip(blocks, loads, strict=True):
+        assert isinstance(block, Block)
+        block.ffn.after_step(load)
+
+
 class Encoded(NamedTuple):
     """A transformer's output before its head; the other fields are those of `LMOutput`."""
 
@@ -204,13 +258,8 @@ class Transformer(LanguageModel):
         with_routing: bool = False,
     ) -> LMOutput:
         encoded = self.encode(ids, positions=positions, cache=cache, mask=mask, with_routing=with_routing)
-        logits = loss = count = None
-        if targets is None:
-            logits = nn.functional.linear(encoded.x_BSD, self.output_embedding)
-        else:
-            loss = chunked_cross_entropy(encoded.x_BSD.flatten(0, 1), self.output_embedding, targets.flatten())
-            count = (targets >= 0).sum()
-        return LMOutput(logits, loss, count, encoded.aux_loss, encoded.loads, encoded.routing)
+        prediction = predict(encoded.x_BSD, self.output_embedding, targets)
+        return LMOutput(*prediction, encoded.aux_loss, encoded.loads, encoded.routing)
 
     def encode(
         self,
@@ -234,15 +283,16 @@ class Transformer(LanguageModel):
         allowed = attention_mask(batch, new, total, mask, ids.device)
         mask_BS = None if mask is None else mask[:, -new:]
 
-        x_BSD = self.dropout(self.embedding(ids))
-        outputs: list[FFNOutput] = []
-        for block in self.blocks:
-            inputs = (x_BSD, angles, allowed, cache, mask_BS, with_routing)
-            if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
-                x_BSD, output = checkpoint(block, *inputs, use_reentrant=False)  # pyright: ignore
-            else:
-                x_BSD, output = block(*inputs)
-            outputs.append(output)
+        x_BSD, outputs = through_blocks(
+            self.blocks,
+            self.dropout(self.embedding(ids)),
+            angles,
+            allowed=allowed,
+            cache=cache,
+            mask_BS=mask_BS,
+            with_routing=with_routing,
+            checkpointing=self.activation_checkpointing,
+        )
         aux_loss = torch.stack([output.aux_loss for output in outputs]).sum()
         loads = tuple(output.load for output in outputs)
         routing = tuple(output.routing for output in outputs) if with_routing else ()
@@ -258,12 +308,7 @@ class Transformer(LanguageModel):
             name: "matrix" if parameter.ndim == 2 else "vector" for name, parameter in self.named_parameters()
         }
         roles |= {f"tables.{name}": "table" for name, _ in self.tables.named_parameters()}
-        for index, block in enumerate(self.blocks):
-            assert isinstance(block, Block)
-            roles |= {f"blocks.{index}.ffn.{name}": role for name, role in block.ffn.roles().items()}
-        return roles
+        return roles | block_roles(self.blocks, "blocks")
 
     def after_step(self, loads: Sequence[dict[str, Tensor]]) -> None:
-        for block, load in zip(self.blocks, loads, strict=True):
-            assert isinstance(block, Block)
-            block.ffn.after_step(load)
+        after_step_of_blocks(self.blocks, loads)
