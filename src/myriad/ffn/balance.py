@@ -20,7 +20,8 @@ class Share(NamedTuple):
 
     @classmethod
     def of(cls, value: float) -> Self:
-        return cls(*Fraction(value).limit_denominator(10**6).as_integer_ratio())
+        exact = Fraction(value)
+        return cls(*(exact.limit_denominator(10**6) or exact).as_integer_ratio())
 
     def floor(self, tokens: N) -> N:
         """The share, rounded down."""

@@ -2,6 +2,7 @@
 
 from myriad.models.base import Cache, LanguageModel, LayerCache, LMOutput, ModelConfig
 from myriad.models.cache import KVCache
+from myriad.models.chosen_transformers import ChosenTransformers, ExpertChoiceRouting, from_seed
 from myriad.models.cluster_mixture import ClusterRouting
 from myriad.models.clusters import Clusters
 from myriad.models.posterior import PosteriorRouting
@@ -25,8 +26,10 @@ def kinds() -> list[str]:
 
 __all__ = [
     "Cache",
+    "ChosenTransformers",
     "ClusterRouting",
     "Clusters",
+    "ExpertChoiceRouting",
     "ExpertRouting",
     "KVCache",
     "LMOutput",
@@ -38,5 +41,6 @@ __all__ = [
     "TransformerConfig",
     "TransformerExpertsConfig",
     "build",
+    "from_seed",
     "kinds",
 ]
