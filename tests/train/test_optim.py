@@ -5,12 +5,14 @@ import math
 import pytest
 import torch
 
-from myriad.ffn import PEERConfig
+from myriad.config import ConfigError
+from myriad.ffn import DenseConfig, PEERConfig
 from myriad.models import build
 from myriad.train.optim import (
     OptimConfig,
     build_optimizer,
     clip_gradients,
+    freeze,
     optimizer_state,
     restore_optimizer,
 )
@@ -127,6 +129,41 @@ def test_state_survives():
     step_of(layer, optimizer, 1)
     step_of(other, restored, 1)
     assert all(torch.equal(one, two) for one, two in zip(layer.parameters(), other.parameters(), strict=True))
+
+
+def test_what_is_frozen_stays_bit_for_bit_without_gradient_or_state():
+    model = build(tiny_model(vocab_size=50, ffns={"dense": DenseConfig()}, pattern=["dense"]))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    freeze(model, ["embedding", "blocks.1", "blocks.0.attention.out.weight"])
+    optimizer = build_optimizer(model, lr=1e-2)
+    for _ in range(2):
+        ids = torch.randint(50, (2, 32))
+        model(ids, targets=ids).loss.backward()
+        optimizer.step()
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    trained = set(optimizer_state(optimizer, names).steps)
+    for name, parameter in model.named_parameters():
+        frozen = name.startswith(("embedding.", "blocks.1.")) or name == "blocks.0.attention.out.weight"
+        assert (parameter.grad is None) == frozen == torch.equal(parameter, before[name]) == (name not in trained), name
+    assert optimizer_state(optimizer, names).tensors.keys() == {
+        f"{moment}.{name}" for moment in ("exp_avg", "exp_avg_sq") for name in trained
+    }
+
+
+@pytest.mark.parametrize(
+    ("frozen", "message"),
+    [
+        (["norm", "blocks.10"], r"begins with 'blocks.10'.*known: embedding, blocks, norm"),
+        (["block"], "'block'; did you mean 'blocks'"),
+        (["embed"], "'embed'; did you mean 'embedding'"),
+        ([""], "begins with ''"),
+        (["embedding", "blocks", "norm"], "leaves no parameter to train"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_frozen_is_refused_by_name(frozen, message):
+    with pytest.raises(ConfigError, match=f"optim.frozen: .*{message}"):
+        freeze(build(tiny_model(vocab_size=50)), frozen)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])

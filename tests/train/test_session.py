@@ -9,11 +9,12 @@ import torch
 
 from myriad import checkpoint
 from myriad.cli.train import resolve_run
-from myriad.config import RunError
+from myriad.config import ConfigError, RunError
 from myriad.data import DataError
 from myriad.data.store import Store
 from myriad.evaluate import Perplexity
 from myriad.train import fit, loop
+from myriad.train.optim import OptimConfig
 from myriad.train.record import Silent, read_records
 from myriad.train.run import BudgetConfig, CheckpointConfig, DataConfig, EarlyStoppingConfig
 from tiny import tiny_run
@@ -154,3 +155,26 @@ def test_a_store_that_shrinks_under_training_ends_the_run_in_one_line_and_keeps_
     assert checkpoint.list_checkpoints(tmp_path / "run")[-1].name == "00000004"
     shutil.copyfile(store.path / "train-00000.bin", shard)
     assert fit(run, tmp_path / "run", resume=True).step == 12
+
+
+def test_a_run_with_frozen_parameters_resumes_with_the_same_bits(store, tmp_path):
+    run = tiny_run(store, optim=OptimConfig(lr=1e-2, schedule="constant", frozen=["embedding", "blocks.0"]))
+    fit(run, tmp_path / "whole")
+    fit(run.model_copy(update={"budget": BudgetConfig(steps=8)}), tmp_path / "parts")
+    fit(run, tmp_path / "parts", resume=True)
+    whole, parts = (tmp_path / name / "checkpoints" / "00000012" for name in ("whole", "parts"))
+    for file in ("model.safetensors", "training/optimizer.safetensors"):
+        one, other = checkpoint.read_tensors(whole / file), checkpoint.read_tensors(parts / file)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    moments = checkpoint.read_tensors(whole / "training" / "optimizer.safetensors")
+    assert any(".blocks.1." in name for name in moments)
+    assert not any(".embedding." in name or ".blocks.0." in name for name in moments)
+
+
+def test_what_is_not_there_to_be_frozen_is_refused_before_anything_is_written(store, tmp_path):
+    run = tiny_run(store)
+    run = run.model_copy(update={"optim": run.optim.model_copy(update={"frozen": ["trunk"]})})
+    with pytest.raises(ConfigError, match=r"optim.frozen: .*'trunk'"):
+        fit(run, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -12,7 +12,7 @@ from pydantic import Field, NonNegativeInt
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from myriad.config import Config
+from myriad.config import Config, ConfigError, nearest
 from myriad.ffn import Role
 from myriad.kernels import lazy_adam, new_moments
 from myriad.kernels.table_gradient import coalesced
@@ -43,6 +43,8 @@ class OptimConfig(Config):
     """What remains of the learning rates at the end, as a share of the peak."""
     decay: float = Field(default=0.2, gt=0, le=1)
     """Share of the steps over which `wsd` decays."""
+    frozen: list[str] = []
+    """Parameters that stay as they are: their names, or what their names begin with, such as `trunk` or `experts.3`."""
 
     def scale(self, step: int, steps: int) -> float:
         """The learning rates' share of their peak at a step, counted from 0, of a number of steps."""
@@ -141,6 +143,27 @@ def _state(exp_avg: Tensor, exp_avg_sq: Tensor) -> dict[str, Tensor]:
     return {"step": torch.zeros(()), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
 
 
+def freeze(module: nn.Module, prefixes: Iterable[str]) -> None:
+    """Let parameters have no gradient: those of the names, and those inside the modules of the names.
+
+    Raises:
+        ConfigError: a name that begins no parameter's, or nothing left to train.
+    """
+    names = dict(module.named_parameters())
+    for prefix in prefixes:
+        inside = [name for name in names if f"{name}.".startswith(f"{prefix}.")]
+        if not inside:
+            known = dict.fromkeys(name.split(".")[0] for name in names)
+            hint = nearest(prefix, [*known, *names])
+            raise ConfigError(
+                f"optim.frozen: no parameter's name begins with '{prefix}'{hint} (known: {', '.join(known)})"
+            )
+        for name in inside:
+            names[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in names.values()):
+        raise ConfigError("optim.frozen: leaves no parameter to train")
+
+
 def build_optimizer(
     module: HasRoles,
     lr: float = 2e-3,
@@ -150,7 +173,7 @@ def build_optimizer(
     eps: float = 1e-8,
     weight_decay: float = 0.1,
 ) -> RoleOptimizer:
-    """The optimizer of a whole model or of one layer.
+    """The optimizer of what is not frozen of a whole model or of one layer.
 
     Args:
         module: anything with `roles()` and `named_parameters()`.
@@ -162,7 +185,8 @@ def build_optimizer(
     by_role: dict[Role, list[nn.Parameter]] = {"matrix": [], "vector": [], "table": []}
     roles = module.roles()
     for name, parameter in module.named_parameters():
-        by_role[roles[name]].append(parameter)
+        if parameter.requires_grad:
+            by_role[roles[name]].append(parameter)
     groups = []
     for role, parameters in by_role.items():
         rate = table_lr if role == "table" and table_lr is not None else lr

@@ -27,7 +27,7 @@ from myriad.models.transformer import Block
 from myriad.train.job import Job, read_state, restore
 from myriad.train.logs import append_line
 from myriad.train.loop import Outcome, train
-from myriad.train.optim import build_optimizer
+from myriad.train.optim import build_optimizer, freeze
 from myriad.train.precision import Precision, resolve_precision
 from myriad.train.record import Display, Metrics, Record, Silent
 from myriad.train.replica import Replica
@@ -199,6 +199,7 @@ def _build_job(run: RunConfig, out: Path, store: Store, display: Display, newest
     model = run.model.build().to(device)
     _apply_run_time_choices(run, model)
     optim = run.optim
+    freeze(model, optim.frozen)
     optimizer = build_optimizer(
         model, optim.lr, optim.table_lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
     )
