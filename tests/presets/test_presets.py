@@ -6,8 +6,14 @@ import torch
 from myriad import presets
 from myriad.config import ConfigError, validate
 from myriad.data.store import Store
-from myriad.ffn import PEERConfig, StackConfig
-from myriad.models import TransformerConfig
+from myriad.ffn import DenseConfig, PEERConfig, StackConfig
+from myriad.models import (
+    ChosenTransformers,
+    ExpertChoiceRouting,
+    ModelConfig,
+    TransformerConfig,
+    TransformerExpertsConfig,
+)
 from myriad.train import RunConfig, fit, with_overrides
 
 TWINS = [
@@ -22,10 +28,15 @@ TWINS = [
 ]
 
 
-def model_of(name: str) -> TransformerConfig:
+def any_model_of(name: str) -> ModelConfig:
     model = presets.get(name).model
+    return model if model.vocab_size else model.with_vocabulary(4096)
+
+
+def model_of(name: str) -> TransformerConfig:
+    model = any_model_of(name)
     assert isinstance(model, TransformerConfig)
-    return model if model.vocab_size else model.model_copy(update={"vocab_size": 4096})
+    return model
 
 
 @pytest.mark.parametrize("name", presets.names())
@@ -40,7 +51,7 @@ def test_a_preset_is_a_valid_input_and_says_what_it_is(name):
 
 @pytest.mark.parametrize("name", presets.names())
 def test_the_model_has_the_parameters_that_its_cost_says(name):
-    model = model_of(name)
+    model = any_model_of(name)
     with torch.device("meta"):  # sizes without memory
         built = model.build()
     assert sum(parameter.numel() for parameter in built.parameters()) == model.cost().parameters
@@ -90,6 +101,46 @@ def test_peer_paper_has_a_million_experts_in_the_middle_block_alone():
     peer = model.ffns["peer"]
     assert isinstance(peer, PEERConfig)
     assert peer.experts == 1024**2
+
+
+def test_pyper_has_eight_experts_of_one_and_a_half_billion_parameters_that_choose():
+    model = any_model_of("pyper-8x1.5b")
+    assert isinstance(model, TransformerExpertsConfig)
+    assert isinstance(model.routing, ExpertChoiceRouting)
+    assert model.experts == 8
+    with torch.device("meta"):
+        built = model.build()
+    assert isinstance(built, ChosenTransformers)
+    for expert in built.experts:
+        assert sum(parameter.numel() for parameter in expert.parameters()) == pytest.approx(1.5e9, rel=0.05)
+    assert model.cost().parameters == pytest.approx(12e9, rel=0.05)
+
+
+@pytest.mark.parametrize(("mixture", "alone"), [("pyper-8x1.5b", "pyper-expert-1.5b"), ("pyper-demo", "pyper-expert")])
+def test_pypers_experts_are_dense_transformers_with_gelu(mixture, alone):
+    model = any_model_of(mixture)
+    assert isinstance(model, TransformerExpertsConfig)
+    for expert in (model.expert, model_of(alone)):
+        assert expert.ffns == {"dense": DenseConfig(activation="gelu")}
+        assert expert.key_value_heads == expert.heads
+    run = presets.get(alone)
+    assert run.budget.epochs
+    assert run.early_stopping.patience
+    assert run.optim.warmup
+
+
+def test_pypers_expert_of_the_large_size_is_one_of_the_mixtures_with_embeddings():
+    model = any_model_of("pyper-8x1.5b")
+    assert isinstance(model, TransformerExpertsConfig)
+    assert model.whole_expert == model_of("pyper-expert-1.5b")
+    assert model.whole_expert.cost().parameters == pytest.approx(1.5e9, rel=0.05)
+
+
+def test_a_token_of_the_pyper_demo_goes_through_as_many_blocks_as_its_expert_has():
+    model = any_model_of("pyper-demo")
+    assert isinstance(model, TransformerExpertsConfig)
+    assert isinstance(model.routing, ExpertChoiceRouting)
+    assert model.routing.trunk_layers + model.expert.layers == model_of("pyper-expert").layers
 
 
 def test_enwik8_is_cut_where_everyone_cuts_it():

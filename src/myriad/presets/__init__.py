@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from myriad.config import ConfigError, nearest
-from myriad.presets import demo, enwik8, wikitext
+from myriad.presets import demo, enwik8, pyper, wikitext
 from myriad.train import RunConfig
 
 _PRESETS: dict[str, Callable[[], RunConfig]] = {
@@ -20,6 +20,10 @@ _PRESETS: dict[str, Callable[[], RunConfig]] = {
     "peer-paper": wikitext.peer_paper,
     "enwik8-peer": enwik8.peer,
     "enwik8-dense": enwik8.dense,
+    "pyper-demo": pyper.demo,
+    "pyper-expert": pyper.expert,
+    "pyper-8x1.5b": pyper.eight,
+    "pyper-expert-1.5b": pyper.expert_large,
 }
 
 
