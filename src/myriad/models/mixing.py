@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from myriad.ffn import Cost, Role, Routing
-from myriad.models.loss import chunked_logsumexp, loss_dtype
+from myriad.models.loss import chunked_logsumexp, loss_dtype, vocabulary_logits
 from myriad.models.transformer import Transformer
 from myriad.models.transformer_experts import TransformerExpertsConfig
 
@@ -82,7 +82,7 @@ def mixed_log_probs(reads: Sequence[Read], log_w_TE: Tensor) -> Mixed:
     total_TV = log_w_TE.new_full((len(log_w_TE), len(reads[0].weight_VD)), -torch.inf)
     log_z_TE = torch.full_like(log_w_TE, -torch.inf)
     for expert, (at_R, x_RD, weight_VD) in enumerate(reads):
-        logits_RV = F.linear(x_RD, weight_VD).to(log_w_TE.dtype)
+        logits_RV = vocabulary_logits(x_RD, weight_VD).to(log_w_TE.dtype)
         log_z_R = logits_RV.logsumexp(dim=1)
         weighted_RV = logits_RV + (log_w_TE[at_R, expert] - log_z_R).unsqueeze(1)
         total_TV = total_TV.index_copy(0, at_R, torch.logaddexp(total_TV[at_R], weighted_RV))
