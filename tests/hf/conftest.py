@@ -1,5 +1,6 @@
 """A run folder of a tiny PEER model, as training leaves one."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,12 @@ def write_run(folder: Path, model: LanguageModel | None = None) -> Path:
     )
     checkpoint.publish(folder, written, written)
     return folder
+
+
+@pytest.fixture(scope="session")
+def run_writer() -> Callable[[Path, LanguageModel], Path]:
+    """Writes a run folder of a model."""
+    return write_run
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from myriad.ffn import DenseConfig, PEERConfig, StackConfig
 from myriad.kernels.product_key import reference_forward
-from myriad.models import TransformerConfig
+from myriad.models import ClusterRouting, PosteriorRouting, TransformerConfig, TransformerExpertsConfig
 from tiny import tiny_model
 
 BATCH, CONTEXT = 2, 16
@@ -80,3 +80,35 @@ def test_a_models_routing_is_that_of_its_layers():
     ffns = {"peer": peer, "dense": DenseConfig(), "two": two}
     config = tiny_model(vocab_size=50, layers=4, ffns=ffns, pattern=["peer", "dense", "two", "peer"])
     assert config.cost().routing == 4 * peer.cost(config.d_model).routing > 0
+
+
+def mixture(routing: PosteriorRouting | ClusterRouting) -> TransformerExpertsConfig:
+    expert = TransformerConfig(layers=2, d_model=32, heads=2, ffns={"dense": DenseConfig(d_hidden=40)})
+    return TransformerExpertsConfig(vocab_size=50, context=CONTEXT, experts=4, expert=expert, routing=routing)
+
+
+def counted_of_loss(config: TransformerExpertsConfig) -> float:
+    """Per token, what PyTorch counts of evaluation."""
+    model, ids = config.build().eval(), torch.randint(50, (BATCH, CONTEXT))
+    with sdpa_kernel(SDPBackend.MATH):
+        return counted(lambda ids: model(ids, targets=ids), ids) / ids.numel()
+
+
+def test_a_posterior_mixture_costs_all_of_its_experts():
+    config = mixture(PosteriorRouting())
+    one, cost = config.whole_expert.cost(), config.cost()
+    assert cost.active_parameters == cost.parameters == 4 * one.parameters
+    assert cost.routing == 4 * 2 * 32  # its dot products with the token that came, which PyTorch does not count
+    assert counted_of_loss(config) == cost.flops - cost.routing + 4 * later_positions(config.expert)
+
+
+@pytest.mark.parametrize("prompt_tokens", [1, 6, CONTEXT, 100])
+def test_a_cluster_mixture_costs_its_picked_experts_and_all_of_a_beginning(prompt_tokens):
+    config = mixture(ClusterRouting(top_k=2, features=5, prompt_tokens=prompt_tokens))
+    one, cost = config.whole_expert.cost(), config.cost()
+    assert cost.active_parameters == 2 * one.active_parameters
+    assert cost.flops == 2 * one.flops + cost.routing
+    read = min(prompt_tokens - 1, CONTEXT)
+    scores = config.expert.layers * 2 * 2 * config.expert.heads * config.expert.head_width
+    hidden = 2 * later_positions(config.expert) + 2 * scores * (read - (read + 1) / 2) * read / CONTEXT
+    assert counted_of_loss(config) == pytest.approx(cost.flops + hidden, abs=1)
