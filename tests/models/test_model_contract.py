@@ -75,7 +75,7 @@ def _blended(output: LMOutput, dim: int) -> LMOutput:
 
 
 @every_case
-@pytest.mark.parametrize("steps", [[20], [7, 13], [1] * 20, [5, 1, 1, 13]])
+@pytest.mark.parametrize("steps", [[1] * 20, [5, 1, 1, 13]])
 def test_a_cache_changes_nothing(config, steps):
     model = built(config)
     cache = model.new_cache()
@@ -86,8 +86,7 @@ def test_a_cache_changes_nothing(config, steps):
 
 
 @every_case
-@pytest.mark.parametrize("length", [3, 12])
-@pytest.mark.parametrize("beams", [[2, 0, 0], [1, 1, 2, 0, 2]])
+@pytest.mark.parametrize(("length", "beams"), [(3, [2, 0, 0]), (12, [1, 1, 2, 0, 2])])
 def test_a_cache_goes_on_from_other_sequences(config, length, beams):
     model, rows = built(config), torch.tensor(beams)
     cache = model.new_cache()
@@ -103,7 +102,7 @@ def test_a_cache_goes_on_from_other_sequences(config, length, beams):
 
 
 @every_case
-@pytest.mark.parametrize("split", [None, 3, 6, 16])
+@pytest.mark.parametrize("split", [None, 6])
 def test_padding_on_the_left_changes_nothing(config, split):
     """Alone and in a batch, in one pass and with a cache."""
     model, lengths = built(config), (20, 13, 5)

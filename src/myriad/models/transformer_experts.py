@@ -5,6 +5,7 @@ common: the config, and the family that a routing belongs to.
 """
 
 from collections.abc import Sequence
+from itertools import cycle
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -86,7 +87,10 @@ class TransformerExpertsConfig(ModelConfig):
     @classmethod
     def examples(cls) -> Sequence[Self]:
         peer = PEERConfig(experts=64, heads=2, experts_per_head=4, d_key=8)
-        ffns = {"peer": peer, "dense": DenseConfig(d_hidden=24)}
-        expert = TransformerConfig(layers=2, d_model=16, heads=2, ffns=ffns, pattern=["dense", "peer"])
+        dense = TransformerConfig(layers=2, d_model=16, heads=2, ffns={"dense": DenseConfig(d_hidden=24)})
+        sparse = dense.model_copy(update={"layers": 1, "ffns": {"peer": peer}, "pattern": ["peer"]})
         routings = [routing for kind in ExpertRouting.kinds.values() for routing in kind.examples()]
-        return [cls(vocab_size=50, context=32, experts=4, expert=expert, routing=routing) for routing in routings]
+        return [
+            cls(vocab_size=50, context=32, experts=4, expert=expert, routing=routing)
+            for routing, expert in zip(routings, cycle((dense, sparse)))
+        ]
