@@ -113,3 +113,71 @@ def test_help_names_every_option(myriad, name):
         ["--validation", "--test", "--split-bytes", "--field", "--document-start"] if name == "prepare" else ["DIR"]
     )
     assert all(option in out for option in options)
+
+
+# --- clusters
+
+TOPICS = {"sea": "ship sail tide anchor wave", "kitchen": "flour butter oven sugar spoon"}
+
+
+@pytest.fixture
+def topics(folder):
+    rows = [{"text": f"{words} {n}", "topic": topic} for n in range(20) for topic, words in TOPICS.items()]
+    (folder / "topics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_cluster_tells_what_it_made(myriad, topics):
+    myriad("data", "prepare", "topics.jsonl", "--tokenizer", "bpe:300", "--validation", "0.2", "--out", "store")
+    result = myriad("data", "cluster", "store", "--clusters", 2, "--out", "parts", "--features", 8)
+    assert result.code == 0, result.err
+    for part in ("topics.jsonl, 2 clusters by text", "typical tokens", "parts: clustered in"):
+        assert part in result.out
+    stores = [Store.open(topics / "parts" / str(number)) for number in range(2)]
+    assert [store.index.splits["train"].documents for store in stores] == [16, 16]
+
+
+def test_cluster_takes_a_source_where_it_says_what_belongs_where(myriad, topics):
+    words = ["--by", "field", "--field", "topic", "--tokenizer", "bytes", "--validation", "0.25"]
+    result = myriad("data", "cluster", "topics.jsonl", *words, "--out", "parts")
+    assert result.code == 0, result.err
+    assert "2 clusters by field" in result.out
+    assert "kitchen" in result.out
+    (topics / "texts" / "one").mkdir(parents=True)
+    for name in ("one/a.txt", "b.txt"):
+        (topics / "texts" / name).write_text(LINES)
+    result = myriad("data", "cluster", "texts", "--by", "file", "--tokenizer", "bytes", "--out", "files")
+    assert result.code == 0, result.err
+    assert "2 clusters by file" in result.out
+
+
+CLUSTER_FAULTS = {
+    "no such store": (["nowhere"], "nowhere: no store here; make one with `myriad data prepare`"),
+    "one document": (["store"], "store: 1 document in train cannot make 8 clusters; prepare it with --document-start"),
+    "too few clusters": (["store", "--clusters", "1"], "clusters: expected greater than or equal to 2, found 1"),
+    "a store and a tokenizer": (["store", "--tokenizer", "bytes"], "--tokenizer: a store was prepared with settings"),
+    "no field": (["topics.jsonl", "--by", "field", "--tokenizer", "bytes"], "--field: the field that decides"),
+    "a field too many": (["store", "--field", "topic"], "--field: the field that decides"),
+    "no tokenizer": (["topics.jsonl", "--by", "file"], "--tokenizer: missing"),
+    "a number of clusters": (["texts", "--by", "file", "--tokenizer", "bytes", "--clusters", "3"], "--clusters: "),
+}
+
+
+@pytest.mark.parametrize("fault", CLUSTER_FAULTS)
+def test_faults_of_cluster_are_one_line(myriad, topics, fault):
+    words, message = CLUSTER_FAULTS[fault]
+    myriad("data", "prepare", "a.txt", "--tokenizer", "bytes", "--out", "store")
+    before = sorted(topics.rglob("*"))
+    result = myriad("data", "cluster", *words, "--out", "parts")
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith(f"myriad: {message}")
+    assert result.err.count("\n") == 1
+    assert sorted(topics.rglob("*")) == before
+
+
+def test_clusters_are_not_overwritten(myriad, topics):
+    words = ["topics.jsonl", "--by", "field", "--field", "topic", "--tokenizer", "bytes", "--out", "parts"]
+    assert myriad("data", "cluster", *words).code == 0
+    result = myriad("data", "cluster", *words)
+    expected = f"myriad: {topics / 'parts'}: exists and is not an empty folder; give another one\n"
+    assert (result.code, result.err) == (2, expected)

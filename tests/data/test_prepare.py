@@ -15,7 +15,8 @@ from made import as_jsonl, documents_of, make, write
 from myriad.config import ConfigError, validate
 from myriad.data import DataError, parts
 from myriad.data.corpus import Corpus, TextHash, text_hash
-from myriad.data.prepare import BusyError, Recipe, has_changed, prepare
+from myriad.data.place import BusyError
+from myriad.data.prepare import Recipe, has_changed, prepare
 from myriad.data.sources import Document, text
 from myriad.data.sources.text import TextSource
 from myriad.data.store import Store

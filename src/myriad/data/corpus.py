@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from myriad.data import DataError
@@ -67,17 +67,19 @@ class Corpus:
     A validation split is, in this order: what the recipe says, the source's own, the last 5 % of its training
     documents; a test split the same without the last. What the recipe says takes the place of the source's own.
 
+    Args:
+        recipe: what to read.
+        opener: makes a source of what names it and the field of its rows.
+
     Raises:
         DataError: there is no such source.
     """
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, opener: Callable[[str, str], Source] = open_source):
         self.recipe = recipe
-        self.source = open_source(recipe.source, recipe.field)
+        self.source = opener(recipe.source, recipe.field)
         self._held_out = {
-            name: open_source(spec, recipe.field)
-            for name in SPLITS[1:]
-            if isinstance(spec := getattr(recipe, name), str)
+            name: opener(spec, recipe.field) for name in SPLITS[1:] if isinstance(spec := getattr(recipe, name), str)
         }
         self._replaced = {name for name in SPLITS[1:] if getattr(recipe, name) is not None}
         self._start = re.compile(recipe.document_start) if recipe.document_start is not None else None

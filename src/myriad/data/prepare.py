@@ -4,31 +4,26 @@ The source is read once (a BPE that is trained on it reads the beginning before 
 order on all cores, written as they come, and the last ones moved to the splits that hold them out when their number
 is known: memory stays bounded whatever the size of the text.
 
-A store is written into a hidden folder beside its place, under a lock, and renamed at the end: it is whole or not
-there. What a killed preparation left is removed by the next one.
+A store is whole or not there (`place`).
 """
 
 import os
-import re
-import secrets
-import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from myriad.data import DataError
 from myriad.data.corpus import BPE_TRAINING_BYTES, Corpus, TextHash, text_hash
 from myriad.data.parts import Part, count_words, in_parts
+from myriad.data.place import new_folder
 from myriad.data.recipe import Recipe
 from myriad.data.sources import SPLITS
 from myriad.data.splits import Bound, bounds_of_shares, documents_of_shares
 from myriad.data.store import (
-    INDEX_NAME,
     FileIndex,
     Index,
     SplitIndex,
@@ -45,10 +40,6 @@ BATCH = 2**19
 
 Progress = Callable[[str, int, int | None], None]
 """Called with a stage ("training the tokenizer", "encoding"), its bytes of text done, and those to do, if known."""
-
-
-class BusyError(DataError):
-    """Another process is preparing the same store."""
 
 
 def prepare(
@@ -69,12 +60,10 @@ def prepare(
     out = Path(os.path.abspath(out))
     report = progress or (lambda stage, done, total: None)
     corpus = Corpus(recipe)
-    try:
-        _refuse_taken(out)
-        with _locked(out), _new_folder(out) as folder:
-            _fill(folder, corpus, shard_tokens, report)
-    except OSError as error:
-        raise DataError(f"{out}: cannot be prepared ({error})") from None
+    with new_folder(out) as folder:
+        fingerprint = corpus.fingerprint()
+        tokenizer = resolve_tokenizer(recipe.tokenizer, _training_texts(corpus, report))
+        fill(folder, corpus, tokenizer, fingerprint, shard_tokens, report)
     return Store.open(out)
 
 
@@ -85,10 +74,17 @@ def has_changed(store: Store, recipe: Recipe) -> bool:
     return text_hash(recipe) != store.index.source_sha256
 
 
-def _fill(folder: Path, corpus: Corpus, shard_tokens: int, report: Progress) -> None:
-    """Write all files of a store."""
-    fingerprint = corpus.fingerprint()
-    tokenizer = resolve_tokenizer(corpus.recipe.tokenizer, _training_texts(corpus, report))
+def fill(
+    folder: Path, corpus: Corpus, tokenizer: Tokenizer, fingerprint: str, shard_tokens: int, report: Progress
+) -> None:
+    """Write all files of a store into an empty folder.
+
+    Args:
+        fingerprint: the corpus' before any of it was read.
+
+    Raises:
+        DataError: the corpus cannot be used, or has changed.
+    """
     tokenizer.save(folder / FILE_NAME)
     splits, source_sha256 = _Filling(folder, corpus, tokenizer, shard_tokens, report).run()
     if corpus.fingerprint() != fingerprint:
@@ -256,56 +252,3 @@ def index_of(split: SplitWriter) -> SplitIndex:
         offsets=offsets,
         sha256=hash_of_hashes(shard.sha256 for shard in shards),
     )
-
-
-def _refuse_taken(out: Path) -> None:
-    if (out / INDEX_NAME).exists():
-        raise DataError(f"{out}: holds a store already; give another folder, or remove this one first")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out}: exists and is not an empty folder; give another one")
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Hold the lock of a store's place; it ends with the process, however that ends."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    path = out.parent / f".{out.name}.lock"
-    lock = FileLock(path, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise BusyError(f"{out}: another process is preparing this store") from None
-    try:
-        _refuse_taken(out)  # another process may have finished it since
-        yield
-    finally:
-        path.unlink(missing_ok=True)  # filelock tells from a lock's file whether it is still the one at its place
-        lock.release()
-
-
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` that takes its place, synced, if all goes well and is removed if not."""
-    beginning = f".{out.name}.preparing-"
-    for path in out.parent.iterdir():
-        if re.fullmatch(re.escape(beginning) + "[0-9a-f]{8}", path.name):
-            shutil.rmtree(path)  # of a preparation that was killed: its lock is free
-    folder = out.parent / f"{beginning}{secrets.token_hex(4)}"
-    folder.mkdir()
-    try:
-        yield folder
-        for path in (*folder.iterdir(), folder):
-            _sync(path)
-        os.rename(folder, out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    _sync(out.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -125,9 +125,13 @@ class Tokenizer:
     @cached_property
     def encoder(self) -> Encoder:
         """The fastest way to these ids."""
-        if self._tokenizer.to_str() == _bytes_definition():
+        if self.definition() == _bytes_definition():
             return ByteEncoder(self.dtype)
         return fast_bpe(self._tokenizer, self.dtype) or LibraryEncoder(self._tokenizer, self.dtype)
+
+    def definition(self) -> str:
+        """The tokenizer as JSON."""
+        return self._tokenizer.to_str()
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without an end token."""

@@ -7,7 +7,8 @@ from pathlib import Path
 from myriad import distributed
 from myriad.config import ConfigError
 from myriad.data import DataError
-from myriad.data.prepare import BusyError, has_changed, prepare
+from myriad.data.place import BusyError
+from myriad.data.prepare import has_changed, prepare
 from myriad.data.store import Store
 from myriad.train.record import Display
 from myriad.train.run import DataConfig, RunConfig
