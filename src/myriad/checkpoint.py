@@ -33,6 +33,9 @@ from myriad.models import LanguageModel, ModelConfig
 
 MANIFEST, INDEX, CHECKPOINTS, TRAINING = "manifest.json", "index.json", "checkpoints", "training"
 MAX_SHARD_SIZE = "5GB"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+PREFIX = "model."
+"""Of the names of a model's tensors in files."""
 
 
 class CheckpointError(MyriadError):
@@ -112,7 +115,8 @@ def hash_file(path: Path) -> FileEntry:
         return FileEntry(size=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
 
 
-def _hash_folder(folder: Path) -> dict[str, FileEntry]:
+def hash_folder(folder: Path) -> dict[str, FileEntry]:
+    """What a manifest says of a folder."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): hash_file(path) for path in paths}
 
@@ -153,18 +157,32 @@ def write_model(folder: Path, model: LanguageModel, tokenizer: Path | None, end_
         tokenizer: a `tokenizer.json` to copy.
         end_id: the token between documents.
     """
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    write_description(folder, model.config, next(model.parameters()).dtype, tokenizer, end_id)
+    state = {f"{PREFIX}{name}": value for name, value in model.state_dict().items()}
+    save_torch_state_dict(state, folder, max_shard_size=MAX_SHARD_SIZE)
+
+
+def write_description(
+    folder: Path, model: ModelConfig, dtype: torch.dtype, tokenizer: Path | None, end_id: int | None
+) -> None:
+    """Write all files of a Hugging Face folder but the weights.
+
+    Args:
+        folder: exists.
+        model: what the weights are of.
+        dtype: theirs.
+        tokenizer: a `tokenizer.json` to copy.
+        end_id: the token between documents.
+    """
     config = {
         "model_type": "myriad",
         "architectures": ["MyriadForCausalLM"],
-        "dtype": dtype,
+        "dtype": str(dtype).removeprefix("torch."),
         "bos_token_id": end_id,
         "eos_token_id": end_id,
-        "model": model.config.model_dump(mode="json"),
+        "model": model.model_dump(mode="json"),
     }
-    _write_json(folder / "config.json", config)
-    state = {f"model.{name}": value for name, value in model.state_dict().items()}
-    save_torch_state_dict(state, folder, max_shard_size=MAX_SHARD_SIZE)
+    write_json(folder / "config.json", config)
     if tokenizer is not None:
         shutil.copyfile(tokenizer, folder / "tokenizer.json")
         end = "<|endoftext|>"
@@ -175,12 +193,13 @@ def write_model(folder: Path, model: LanguageModel, tokenizer: Path | None, end_
             "pad_token": end,
             "split_special_tokens": True,  # a literal <|endoftext|> in a text stays text
             "clean_up_tokenization_spaces": False,
-            "model_max_length": model.config.context,
+            "model_max_length": model.context,
         }
-        _write_json(folder / "tokenizer_config.json", settings)
+        write_json(folder / "tokenizer_config.json", settings)
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a mapping."""
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -218,11 +237,11 @@ def save_checkpoint(
         for file, named in tensors.items():
             whole = {key: value.contiguous() for key, value in named.items()}
             save_file(whole, temporary / TRAINING / f"{file}.safetensors")
-        _write_json(temporary / "run.json", run_config)
-        _write_json(temporary / TRAINING / "state.json", state)
+        write_json(temporary / "run.json", run_config)
+        write_json(temporary / TRAINING / "state.json", state)
         for path in temporary.rglob("*"):
             sync(path)
-        Manifest(files=_hash_folder(temporary), checkpoint=name).write(temporary / MANIFEST)
+        Manifest(files=hash_folder(temporary), checkpoint=name).write(temporary / MANIFEST)
     except (OSError, SafetensorError) as error:  # of a full disk, a library makes errors of its own
         reason = getattr(error, "strerror", None) or error
         raise RunError(f"{temporary}: cannot be written ({reason}); earlier checkpoints are kept") from None
@@ -336,35 +355,55 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file.
+@contextmanager
+def opened_tensors(path: Path) -> Iterator[Any]:
+    """A safetensors file, of which tensors are read one by one.
 
     Raises:
         CheckpointError: missing or damaged.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            yield file
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing") from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: damaged ({error})") from None
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+    with opened_tensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """The file that holds each of a model's tensors, by the tensor's name in the file; nothing is read but names.
+
+    Raises:
+        CheckpointError: the index or the one file is missing or damaged.
+    """
+    index = folder / WEIGHTS_INDEX
+    if not index.exists():
+        path = folder / "model.safetensors"
+        with opened_tensors(path) as file:
+            return dict.fromkeys(file.keys(), path)
+    placed = read_json(index).get("weight_map")
+    if not isinstance(placed, dict) or not all(isinstance(name, str) for name in placed.values()):
+        raise CheckpointError(f"{index}: damaged (no weight_map)")
+    return {name: folder / Path(file).name for name, file in placed.items()}
+
+
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """The state of the model in a folder, from one file or from shards."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        files = ["model.safetensors"]
-    else:
-        placed = read_json(index).get("weight_map")
-        if not isinstance(placed, dict) or not all(isinstance(name, str) for name in placed.values()):
-            raise CheckpointError(f"{index}: damaged (no weight_map)")
-        files = sorted({Path(name).name for name in placed.values()})
     state: dict[str, Tensor] = {}
-    for name in files:
-        state |= read_tensors(folder / name)
-    return {name.removeprefix("model."): value for name, value in state.items()}
+    for path in sorted(set(weight_files(folder).values())):
+        state |= read_tensors(path)
+    return {name.removeprefix(PREFIX): value for name, value in state.items()}
 
 
 def load_weights(model: LanguageModel, folder: Path) -> None:
@@ -395,6 +434,21 @@ def refuse_broken_weights(model: nn.Module, where: str | Path) -> None:
             raise CheckpointError(f"{where}: the weights are broken ({name} is not finite)")
 
 
+def read_config(folder: Path) -> ModelConfig:
+    """The config of the model in a folder.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    raw = read_json(folder / "config.json").get("model")
+    if raw is None:
+        raise CheckpointError(f"{folder / 'config.json'}: not a model of Myriad")
+    try:
+        return ModelConfig.model_validate(raw)
+    except ValidationError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {'; '.join(describe(error))}") from None
+
+
 def load(run: str | Path, device: str | torch.device = "cpu") -> LanguageModel:
     """Open the model of a run folder, a checkpoint or a Hugging Face folder, in eval mode.
 
@@ -406,13 +460,7 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> LanguageModel:
         CheckpointError: not there, or damaged.
     """
     folder = intact_folder(Path(run))
-    raw = read_json(folder / "config.json").get("model")
-    if raw is None:
-        raise CheckpointError(f"{folder / 'config.json'}: not a model of Myriad")
-    try:
-        config = ModelConfig.model_validate(raw)
-    except ValidationError as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {'; '.join(describe(error))}") from None
+    config = read_config(folder)
     with torch.device("meta"):  # every tensor comes from the file: none need be made first
         model = config.build()
     load_weights(model, folder)

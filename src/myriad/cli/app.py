@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from myriad.cli import bench, compare, config, data, demo, evaluate, generate, inspect, presets, train
+from myriad.cli import bench, compare, config, data, demo, evaluate, generate, inspect, mix, presets, train
 
 app = typer.Typer(
     help="Language models whose feed-forward layers are mixtures of experts.",
@@ -14,6 +14,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command(name="train")(train.train)
+app.command(name="mix")(mix.mix)
 app.command(name="eval")(evaluate.evaluate)
 app.command(name="inspect")(inspect.inspect)
 app.command(name="generate")(generate.generate)

@@ -60,7 +60,16 @@ def cluster(
         stores = _Dividing(store, folder, options.clusters, progress).run(assigned)
         names = [str(number) for number in range(options.clusters)]
         hashes = [split.sha256 for split in splits]
-        write_clusters(folder, model, stores, by="text", names=names, options=options, source_sha256=hashes)
+        write_clusters(
+            folder,
+            model,
+            stores,
+            by="text",
+            names=names,
+            options=options,
+            source_sha256=hashes,
+            divided=store.path,
+        )
     return Clusters.open(out)
 
 

@@ -66,6 +66,8 @@ class ClusterIndex(Config):
     """What decided where a document belongs."""
     source: str
     """The source of the text."""
+    store: str | None
+    """The store that was divided, if one was."""
     source_sha256: list[Sha256]
     """Of the text that was divided."""
     options: ClusterOptions
@@ -199,6 +201,7 @@ def write_clusters(
     names: Sequence[str],
     options: ClusterOptions,
     source_sha256: Sequence[str],
+    divided: Path | None = None,
 ) -> None:
     """Write the model and the index of a folder that holds the stores already."""
     first = stores[0].index
@@ -215,6 +218,7 @@ def write_clusters(
     ClusterIndex(
         by=by,
         source=first.source,
+        store=None if divided is None else str(divided.resolve()),
         source_sha256=list(source_sha256),
         options=options,
         vocab_size=first.vocab_size,

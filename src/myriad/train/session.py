@@ -152,7 +152,8 @@ def _lack_of_memory(run: RunConfig) -> RunError:
 
 def holds_run(folder: Path) -> bool:
     """Whether a folder has the traces of a run in it."""
-    return any((folder / name).exists() for name in ("run.json", "metrics.jsonl", checkpoint.CHECKPOINTS))
+    traces = ("run.json", "metrics.jsonl", checkpoint.CHECKPOINTS, checkpoint.MANIFEST)
+    return any((folder / name).exists() for name in traces)
 
 
 def _newest_checkpoint(run: RunConfig, out: Path, store: Store, display: Display) -> Path | None:
@@ -177,6 +178,8 @@ def _name_of_newest(run: RunConfig, out: Path, store: Store, display: Display) -
         return folder.name
     if checkpoint.list_checkpoints(out):
         raise CheckpointError(f"{out}: none of its checkpoints is intact; start anew with another out=")
+    if (out / checkpoint.MANIFEST).exists():
+        raise ConfigError(f"{out}: holds a model and none of the checkpoints that training goes on from")
     if holds_run(out):
         display.note(f"{out} has no checkpoint yet: starting from the first step")
     return None
