@@ -13,7 +13,7 @@ from myriad.data.clusters import ClusterModel, ClusterOptions, write_clusters
 from myriad.data.features import Features
 from myriad.data.tokenizer import byte_tokenizer, train_bpe
 from myriad.ffn import DenseConfig
-from myriad.models import ClusterRouting, PosteriorRouting, TransformerConfig
+from myriad.models import ClusterRouting, ExpertChoiceRouting, PosteriorRouting, TransformerConfig
 from myriad.train import fit
 from myriad.train import mix as module
 from myriad.train.mix import load_expert, mix
@@ -259,3 +259,56 @@ def test_memory_is_bounded_by_the_results_size(runs, tmp_path):
     size = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
     assert size > 2e8
     assert int(said.stdout) < 0.5 * size  # 1.2 is what was asked for
+
+
+# --- experts that choose
+
+
+@pytest.fixture
+def grown(tmp_path):
+    """Experts grown from one seed model, of which all but the blocks behind the first one was frozen."""
+    folders = []
+    for seed in range(3):
+        folder = write_expert(tmp_path / f"grown {seed}", 0, layers=3)
+        model = load(folder)
+        torch.manual_seed(seed)
+        for parameter in model.blocks[1:].parameters():
+            parameter.data.normal_(std=0.1)
+        write_model(folder, model, None, 256)
+        folders.append(folder)
+    return folders
+
+
+def test_experts_of_one_seed_become_a_model_whose_experts_choose(grown, tmp_path):
+    mix(grown, tmp_path / "mixture", ExpertChoiceRouting(trunk_layers=1))
+    found, alone = load(tmp_path / "mixture"), [load(run).state_dict() for run in grown]
+    state = found.state_dict()
+    assert torch.equal(state["embedding.weight"], alone[0]["embedding.weight"])
+    for number, expert in enumerate(alone):
+        for layer in range(2):
+            name = "attention.qkv.weight"
+            assert torch.equal(state[f"experts.{number}.{layer}.{name}"], expert[f"blocks.{layer + 1}.{name}"])
+        assert torch.equal(state["trunk.0.attention.qkv.weight"], expert["blocks.0.attention.qkv.weight"])
+        opened = load_expert(tmp_path / "mixture", number)
+        assert all(torch.equal(value, expert[name]) for name, value in opened.state_dict().items())
+    assert 0.15 < float(state["router"].std()) < 0.35
+    logits = found(torch.arange(12).view(2, 6)).logits
+    assert bool(logits.isfinite().all())
+    assert logits.shape == (2, 6, 257)
+
+
+@pytest.mark.parametrize("name", ["embedding.weight", "norm.weight", "blocks.0.attention.out.weight"])
+def test_experts_whose_shared_parts_were_trained_are_refused(grown, tmp_path, name):
+    model = load(grown[2])
+    model.state_dict()[name].view(-1)[-1] += 1e-6
+    write_model(grown[2], model, None, 256)
+    with pytest.raises(ConfigError) as refused:
+        mix(grown, tmp_path / "mixture", ExpertChoiceRouting(trunk_layers=1))
+    assert str(refused.value).startswith(f"{grown[2]}: {name} is not that of {grown[0]}")
+    assert "--routing posterior" in str(refused.value)
+    assert not (tmp_path / "mixture").exists()
+
+
+def test_a_trunk_of_all_blocks_leaves_no_experts(grown, tmp_path):
+    with pytest.raises(ConfigError, match="3 of the experts' 3 blocks leave none to choose"):
+        mix(grown, tmp_path / "mixture", ExpertChoiceRouting(trunk_layers=3))

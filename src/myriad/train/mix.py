@@ -25,7 +25,14 @@ from myriad.data.clusters import Clusters
 from myriad.data.place import new_folder
 from myriad.data.tokenizer import FILE_NAME
 from myriad.ffn import DenseConfig
-from myriad.models import ExpertRouting, LanguageModel, Transformer, TransformerConfig, TransformerExpertsConfig
+from myriad.models import (
+    ExpertChoiceRouting,
+    ExpertRouting,
+    LanguageModel,
+    Transformer,
+    TransformerConfig,
+    TransformerExpertsConfig,
+)
 from myriad.train.run import DataConfig, RunConfig
 
 SHARD_BYTES = 5 * 10**9
@@ -170,8 +177,7 @@ class Grown:
 
 def layout_of(routing: ExpertRouting) -> Layout:
     """Where a routing has its experts' tensors."""
-    trunk_layers = getattr(routing, "trunk_layers", None)
-    return Apart() if trunk_layers is None else Grown(trunk_layers)
+    return Grown(routing.trunk_layers) if isinstance(routing, ExpertChoiceRouting) else Apart()
 
 
 class Piece(NamedTuple):
