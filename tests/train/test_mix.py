@@ -134,7 +134,7 @@ def test_damage_of_an_expert_is_noticed(mixture):
 
 
 def test_the_cluster_model_goes_into_the_mixture(runs, clusters, tmp_path):
-    mix(runs, tmp_path / "mixture", ClusterRouting(features=5), clusters=clusters)
+    mix(runs, tmp_path / "mixture", ClusterRouting(), clusters=clusters)
     state, model = load(tmp_path / "mixture").state_dict(), cluster_model()
     assert state["clusters.idf"].tolist() == model.features.idf_V.tolist()
     assert state["clusters.components"].tolist() == model.features.components_RV.tolist()
@@ -143,7 +143,7 @@ def test_the_cluster_model_goes_into_the_mixture(runs, clusters, tmp_path):
 
 def test_a_larger_vocabulary_than_the_clusters_is_filled_up(clusters, tmp_path):
     runs = [write_expert(tmp_path / f"{seed}", seed, vocab_size=260) for seed in range(3)]
-    mix(runs, tmp_path / "mixture", ClusterRouting(features=5), clusters=clusters)
+    mix(runs, tmp_path / "mixture", ClusterRouting(), clusters=clusters)
     state = load(tmp_path / "mixture").state_dict()
     assert state["clusters.idf"][257:].tolist() == [0, 0, 0]
     assert state["clusters.components"].shape == (5, 260)

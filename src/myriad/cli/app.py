@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from myriad.cli import bench, compare, config, data, demo, evaluate, generate, inspect, mix, presets, train
+from myriad.cli import bench, compare, config, data, demo, evaluate, generate, inspect, mix, presets, pyper, train
 
 app = typer.Typer(
     help="Language models whose feed-forward layers are mixtures of experts.",
@@ -19,6 +19,7 @@ app.command(name="eval")(evaluate.evaluate)
 app.command(name="inspect")(inspect.inspect)
 app.command(name="generate")(generate.generate)
 app.command(name="compare")(compare.compare)
+app.command(name="pyper")(pyper.pyper)
 app.command(name="demo")(demo.demo)
 app.command(name="bench")(bench.bench)
 app.command(name="presets")(presets.presets)

@@ -194,12 +194,12 @@ def clusters_table(made: Clusters) -> Table:
             f"{tokens:,}",
             f"{tokens / total:.1%}",
             f"{documents.get('validation', 0):,}",
-            escape(" ".join(_visible(token) for token in entry.typical)),
+            escape(" ".join(visible(token) for token in entry.typical)),
         )
     return table
 
 
-def _visible(token: str) -> str:
+def visible(token: str) -> str:
     """A token without white space around it, or the white space as Python writes it."""
     return token.strip() or repr(token)[1:-1].replace(" ", "·")
 

@@ -37,11 +37,7 @@ def mix(
 
     runs = [Path(word) for word in words if "=" not in word or Path(word).exists()]
     opened = None if clusters is None else Clusters.open(clusters)
-    settings: dict[str, Any] = {}
-    if top_k is not None:
-        settings["top_k"] = top_k
-    if routing == "cluster" and opened is not None:
-        settings["features"] = len(opened.model.centers_CR[0])
+    settings: dict[str, Any] = {} if top_k is None else {"top_k": top_k}
     chosen = resolve_routing(routing, settings, [word for word in words if Path(word) not in runs])
     if data is not None:
         Store.open(data)

@@ -26,6 +26,7 @@ from myriad.data.place import new_folder
 from myriad.data.tokenizer import FILE_NAME
 from myriad.ffn import DenseConfig
 from myriad.models import (
+    ClusterRouting,
     ExpertChoiceRouting,
     ExpertRouting,
     LanguageModel,
@@ -201,7 +202,7 @@ def mix(
     Args:
         runs: run folders, checkpoints or Hugging Face folders: an expert each.
         out: the folder; it must not exist, or be empty.
-        routing: how the mixture shares a text among them.
+        routing: how the mixture shares a text among them; the number of features is that of `clusters`.
         clusters: what the experts were trained on, in their order; routing by clusters needs it.
         data: the store that the mixture is evaluated on if no other is named; None: that which was divided.
 
@@ -216,6 +217,8 @@ def mix(
         _refuse_other(experts[0], other)
     if clusters is not None:
         _refuse_other_clusters(experts, clusters)
+    if clusters is not None and isinstance(routing, ClusterRouting):
+        routing = routing.model_copy(update={"features": clusters.model.centers_CR.shape[1]})
     layout = layout_of(routing)
     first = layout.mixture(experts[0].config)
     settings = {"vocab_size": first.vocab_size, "context": first.context, "experts": len(experts)}

@@ -99,8 +99,8 @@ class Conducted(NamedTuple):
 
 
 @contextmanager
-def opened(out: Path, plan: Plan) -> Iterator[None]:
-    """Hold a comparison's folder, made now or of the same plan, against other processes.
+def opened(out: Path, plan: Config) -> Iterator[None]:
+    """Hold the folder of a plan's runs, made now or of the same plan, against other processes.
 
     Raises:
         ConfigError: it holds another plan, or something else, or another process is at work in it.
@@ -120,10 +120,10 @@ def opened(out: Path, plan: Plan) -> Iterator[None]:
             shutil.rmtree(out)
 
 
-def _refuse_other(out: Path, plan: Plan) -> None:
+def _refuse_other(out: Path, plan: Config) -> None:
     if (out / PLAN).exists():
-        recorded = validate(Plan, read_json(out / PLAN))
-        if recorded != plan:
+        recorded = read_json(out / PLAN)
+        if recorded != plan.model_dump(mode="json"):
             raise ConfigError(
                 f"--out: {out} holds another comparison ({_difference(plan, recorded)}); choose another folder"
             )
@@ -133,11 +133,12 @@ def _refuse_other(out: Path, plan: Plan) -> None:
         raise ConfigError(f"--out: {out} holds something else ({strangers[0]}); choose another folder")
 
 
-def _difference(plan: Plan, recorded: Plan) -> str:
-    mine, theirs = ", ".join(plan.contenders), ", ".join(recorded.contenders)
-    if plan.contenders.keys() != recorded.contenders.keys():
-        return f"contenders: {mine} instead of {theirs}"
-    return first_difference(plan.model_dump(mode="json"), recorded.model_dump(mode="json"))
+def _difference(plan: Config, recorded: dict[str, Any]) -> str:
+    mine = plan.model_dump(mode="json")
+    names = [list(found.get("contenders", ())) for found in (mine, recorded)]
+    if sorted(names[0]) != sorted(names[1]):
+        return f"contenders: {', '.join(names[0]) or 'none'} instead of {', '.join(names[1]) or 'none'}"
+    return first_difference(mine, recorded)
 
 
 def conduct(plan: Plan, out: Path, board: Board, kernel: str | None = None) -> Conducted:
@@ -157,12 +158,12 @@ def conduct(plan: Plan, out: Path, board: Board, kernel: str | None = None) -> C
     store, resolved = _resolve(plan, out / RUNS, board)
     sweep = resolved.sweep()
     board.expect([*sweep, *resolved.trials(dict.fromkeys(resolved.contenders, 1.0))])
-    _write(out / PLAN, json.dumps(plan.model_dump(mode="json"), indent=1))
+    write_plan(out, plan)
     split = "test" if "test" in store.index.splits else "validation"
-    tried = [(trial, _finish(trial, out / RUNS, board, None, kernel)) for trial in sweep]
+    tried = [(trial, finish(trial, out / RUNS, board, None, kernel)) for trial in sweep]
     multipliers = _best_multipliers(resolved, tried)
     trials = resolved.trials(multipliers)
-    done = [(trial, _finish(trial, out / RUNS, board, split, kernel)) for trial in trials]
+    done = [(trial, finish(trial, out / RUNS, board, split, kernel)) for trial in trials]
     return Conducted(resolved, store, split, tried, multipliers, done)
 
 
@@ -178,7 +179,7 @@ def _resolve(plan: Plan, runs: Path, board: Board) -> tuple[Store, Plan]:
     return next(iter(stores.values())), plan.model_copy(update={"contenders": resolved})
 
 
-def _finish(trial: Trial, runs: Path, board: Board, split: str | None, kernel: str | None) -> Outcome:
+def finish(trial: Trial, runs: Path, board: Board, split: str | None, kernel: str | None) -> Outcome:
     """Bring a run to its end, and measure it on a split if one is named."""
     folder = runs / trial.name
     outcome = _recorded(folder)
@@ -188,7 +189,7 @@ def _finish(trial: Trial, runs: Path, board: Board, split: str | None, kernel: s
     outcome = _train(trial, folder, board, kernel)
     if split is not None and outcome.diverged is None:
         outcome = outcome.model_copy(update=_measure(trial, folder, split, board))
-    _write(folder / OUTCOME, outcome.model_dump_json(indent=1))
+    write(folder / OUTCOME, outcome.model_dump_json(indent=1))
     board.end(trial, outcome, new=True)
     return outcome
 
@@ -243,7 +244,13 @@ def _best_multipliers(plan: Plan, tried: list[tuple[Trial, Outcome]]) -> dict[st
     return best
 
 
-def _write(path: Path, text: str) -> None:
+def write_plan(out: Path, plan: Config) -> None:
+    """Note what a folder's runs are for."""
+    write(out / PLAN, json.dumps(plan.model_dump(mode="json"), indent=1))
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file, replacing an older one at once."""
     temporary = path.with_name(f".{path.name}.tmp")
     with naming(path):
         temporary.write_text(text + "\n", encoding="utf-8")

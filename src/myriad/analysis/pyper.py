@@ -1,0 +1,158 @@
+"""A mixture of experts from text to figures: cluster, train each expert on its cluster, mix, evaluate.
+
+OUT/
+  plan.json           the whole plan: it goes on only if it is the same
+  data/...            the store, where the data were a source
+  clusters/           a store for each domain, and the cluster model
+  experts/0 ...       run folders, with outcome.json when they are finished and measured on their own domain
+  mixture/            the model
+  figures.json        what everyone makes of all domains
+
+What is finished is skipped, what is not goes on.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from myriad.analysis.compare.conduct import Board, HeldOut, finish, write, write_plan
+from myriad.analysis.compare.plan import Trial
+from myriad.analysis.measure import measure_run
+from myriad.checkpoint import MANIFEST, intact_folder, read_config, read_json
+from myriad.config import Config, ConfigError, validate
+from myriad.data.cluster import cluster
+from myriad.data.clusters import ClusterOptions, Clusters
+from myriad.data.store import Store
+from myriad.evaluate import Perplexity
+from myriad.models import ExpertRouting
+from myriad.train import RunConfig
+from myriad.train.mix import mix
+from myriad.train.run import BudgetConfig, DataConfig
+from myriad.train.stores import ensure_store
+
+CLUSTERS, EXPERTS, MIXTURE, FIGURES = "clusters", "experts", "mixture", "figures.json"
+
+
+class PyperPlan(Config):
+    """What is made."""
+
+    run: RunConfig
+    """How each expert is trained; its data are those of all."""
+    clusters: ClusterOptions
+    routing: ExpertRouting
+    """Of the mixture."""
+
+
+class Figures(Config):
+    """What everyone makes of held-out text, by `WHO on WHAT`."""
+
+    mixture: str
+    """The digest of the mixture's manifest."""
+    found: dict[str, HeldOut] = {}
+
+
+class Made(NamedTuple):
+    """A mixture that is finished and measured."""
+
+    clusters: Clusters
+    split: str
+    own: list[Perplexity]
+    """Each expert on its own domain."""
+    whole: list[Perplexity]
+    """Each expert on everything."""
+    mixed: list[Perplexity]
+    """The mixture on each domain."""
+    mixture: Perplexity
+    """The mixture on everything."""
+
+
+def make(plan: PyperPlan, out: Path, board: Board, kernel: str | None = None) -> Made:
+    """Do all that a plan says, in a folder that is `opened`.
+
+    Args:
+        plan: what to make.
+        out: the folder.
+        board: shows how the experts' training goes.
+        kernel: the kernels to train with; None: those that a run has used before, else `auto`.
+
+    Raises:
+        MyriadError: the data cannot be clustered, an expert not be trained, or the figures not be taken.
+        Stopped: a signal stopped a run, which is saved.
+    """
+    write_plan(out, plan)
+    display = board.begin(None)
+    store = Store.open(ensure_store(plan.run.data, out / EXPERTS, display))
+    clusters = _cluster(plan, store, out, display.note)
+    split = "test" if all("test" in part.index.splits for part in clusters.stores()) else "validation"
+    trials = [_trial(plan, clusters, number) for number in range(plan.clusters.clusters)]
+    board.expect(trials)
+    outcomes = [finish(trial, out / EXPERTS, board, split, kernel) for trial in trials]
+    own: list[Perplexity] = []
+    for trial, outcome in zip(trials, outcomes, strict=True):
+        if outcome.held_out is None:
+            raise ConfigError(f"{out / EXPERTS / trial.name}: {outcome.diverged}")
+        own.append(outcome.held_out.perplexity)
+    runs = [out / EXPERTS / trial.name for trial in trials]
+    if not (out / MIXTURE).exists():
+        display.note(f"mixing {len(runs)} experts in {out / MIXTURE}")
+        mix(runs, out / MIXTURE, plan.routing, clusters=clusters, data=store.path)
+    measure = _Measuring(out, split, display.note)
+    parts = [clusters.store_path(number) for number in range(len(runs))]
+    return Made(
+        clusters=clusters,
+        split=split,
+        own=own,
+        whole=[measure(run, store.path) for run in runs],
+        mixed=[measure(out / MIXTURE, part) for part in parts],
+        mixture=measure(out / MIXTURE, store.path),
+    )
+
+
+def _cluster(plan: PyperPlan, store: Store, out: Path, note: Callable[[str], None]) -> Clusters:
+    """The clusters, made now or before of the same text."""
+    if not (out / CLUSTERS).exists():
+        note(f"dividing {store.path} into {plan.clusters.clusters} clusters")
+        return cluster(store, out / CLUSTERS, plan.clusters)
+    found = Clusters.open(out / CLUSTERS)
+    if found.index.source_sha256 != [split.sha256 for split in store.index.splits.values()]:
+        raise ConfigError(f"{out / CLUSTERS}: made of other text than that of {store.path}; choose another folder")
+    return found
+
+
+def _trial(plan: PyperPlan, clusters: Clusters, number: int) -> Trial:
+    """The training of one expert, its budget in steps."""
+    path = clusters.store_path(number)
+    store, run = Store.open(path), plan.run
+    windows = (len(store.split("train").tokens) - 1) // run.model.context
+    steps = run.budget.in_steps(run.batch.tokens, windows, run.windows_per_step)
+    changes = {
+        "data": DataConfig(path=str(path)),
+        "model": run.model.with_vocabulary(run.model.vocab_size or store.index.vocab_size),
+        "budget": BudgetConfig(steps=steps),
+        "out": None,
+    }
+    return Trial("expert", str(number), run.model_copy(update=changes), 1.0, None)
+
+
+class _Measuring:
+    """Measures models on stores, each pair once."""
+
+    def __init__(self, out: Path, split: str, note: Callable[[str], None]):
+        self._out, self._split, self._note = out, split, note
+        mixture = read_json(out / MIXTURE / MANIFEST)["digest"]
+        self._figures = Figures(mixture=mixture)
+        if (out / FIGURES).exists():
+            recorded = validate(Figures, read_json(out / FIGURES))
+            self._figures = recorded if recorded.mixture == mixture else self._figures
+
+    def __call__(self, run: Path, store: Path) -> Perplexity:
+        name = f"{run.name} on {store.name}"
+        if name not in self._figures.found:
+            self._note(f"measuring {name}")
+            context = read_config(intact_folder(run)).context
+            found = measure_run(run, store, self._split, stride=context).perplexity
+            held_out = HeldOut(split=self._split, **found._asdict())
+            self._figures = self._figures.model_copy(update={"found": self._figures.found | {name: held_out}})
+            write(self._out / FIGURES, json.dumps(self._figures.model_dump(mode="json"), indent=1))
+        return self._figures.found[name].perplexity

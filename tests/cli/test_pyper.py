@@ -1,0 +1,66 @@
+"""`myriad pyper`: text in, a mixture out; called again, it goes on."""
+
+import json
+
+import pytest
+
+from myriad.checkpoint import load
+from myriad.train import session
+
+SMALL = ["model.layers=1", "model.d_model=16", "model.heads=2", "model.context=32", "batch.tokens=128"]
+SMALL += ["budget.steps=12", "evaluation.every=6", "data.tokenizer=bytes", "data.validation=0.2"]
+SMALL += ["train.precision=float32"]
+
+
+@pytest.fixture
+def texts(tmp_path):
+    (tmp_path / "texts").mkdir()
+    for n in range(60):
+        words = ("sail tide wave ", "oven spoon flour ")[n % 2]
+        (tmp_path / "texts" / f"{n:02}").write_text(words * 30)
+    return tmp_path / "texts"
+
+
+def call(myriad, texts, *more):
+    return myriad("pyper", texts, *SMALL, "--experts", 2, "--out", texts.parent / "out", *more)
+
+
+@pytest.mark.parametrize("routing", ["posterior", "cluster"])
+def test_everything_is_made_once(myriad, texts, routing, monkeypatch):
+    result = call(myriad, texts, "--routing", routing)
+    assert result.code == 0, result.err
+    out = texts.parent / "out"
+    assert load(out / "mixture").config.experts == 2
+    figures = json.loads((out / "figures.json").read_text())["found"]
+    assert len(figures) == 5
+    for part in ("on its domain", "typical tokens", "% against the best single expert"):
+        assert part in result.out
+    monkeypatch.setattr(session, "train", None)  # nothing is trained or measured again
+    monkeypatch.setattr("myriad.analysis.pyper.measure_run", None)
+    again = call(myriad, texts, "--routing", routing)
+    assert (again.code, again.out) == (0, result.out)
+
+
+def test_a_killed_one_goes_on(myriad, texts, monkeypatch):
+    from myriad.analysis import pyper as module
+
+    def fails(*_, **__):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(module, "mix", fails)
+    assert call(myriad, texts).code == 1
+    monkeypatch.undo()
+    monkeypatch.chdir(texts.parent)
+    result = call(myriad, texts)
+    assert result.code == 0, result.err
+    assert "finished before" in result.err
+
+
+def test_faults_are_one_line(myriad, texts):
+    assert call(myriad, texts).code == 0
+    other = call(myriad, texts, "--seed", 1)
+    assert other.code == 2
+    assert "holds another comparison (clusters.seed: 1 instead of 0)" in other.err
+    result = myriad("pyper", texts / "00", *SMALL, "--experts", 2, "--out", texts.parent / "two")
+    assert result.code == 2
+    assert "1 document in train cannot make 2 clusters" in result.err
