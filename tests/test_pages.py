@@ -22,7 +22,7 @@ from myriad.ffn import FFNConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "docs/tour.md", "docs/data.md"]
-LAYERS = ["docs/token_choice.md", "docs/expert_choice.md"]
+LAYERS = [f"docs/{name}.md" for name in ("dense", "expert_choice", "product_key_memory", "stack", "token_choice")]
 """Pages of one layer each: code alone."""
 
 
@@ -73,6 +73,18 @@ def test_every_command_and_every_block_of_code(page, call, tmp_path, monkeypatch
                 call(line)
         elif language == "python":
             exec(compile(content, page, "exec"), names)
+
+
+@pytest.mark.parametrize("kind", FFNConfig.kinds)
+def test_every_layer_has_a_page_with_all_that_one_must_know(kind):
+    page = (ROOT / "docs" / f"{kind}.md").read_text()
+    headings = re.findall(r"^## (.*)$", page, flags=re.MULTILINE)
+    assert {"Equations", "Shapes", "Options", "Cost"} <= set(headings)
+    assert f"src/myriad/ffn/{kind}.py" in page
+    fields = FFNConfig.kinds[kind].model_fields.keys() - {"kind"}
+    options = page.split("## Options")[1].split("\n## ")[0]
+    assert not {name for name in fields if f"`{name}`" not in options}
+    assert f"docs/{kind}.md" in (ROOT / "README.md").read_text()
 
 
 def test_every_link_leads_somewhere():
