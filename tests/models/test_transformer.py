@@ -30,6 +30,22 @@ def test_cost_equals_pytorchs_counter_where_that_counts():
     assert config.cost().flops * 16 - scores * 16 == products
 
 
+@pytest.mark.parametrize("counted", [0, 5, 16])
+def test_without_gradient_only_the_logits_of_counted_targets_are_computed(counted):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = TransformerConfig(vocab_size=50, context=16, layers=1, d_model=32, heads=2)
+    model, ids = built(config, torch.float32), torch.randint(50, (1, 16))
+    targets = torch.where(torch.arange(16) < counted, ids, -1)
+
+    def products(**options: torch.Tensor) -> int:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(ids, **options)
+        return counter.get_total_flops()
+
+    assert products() - products(targets=targets) == 2 * (16 - counted) * 32 * 50
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

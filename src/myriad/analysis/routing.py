@@ -174,8 +174,8 @@ def route(model: LanguageModel, ids: Iterable[Tensor]) -> Iterator[tuple[Tensor,
         for ids_BS in ids:
             ids_on_device_BS = ids_BS.to(device)
             with torch.inference_mode():
-                # Targets, of whatever kind, keep the model from returning the logits of a whole vocabulary.
-                output = model(ids_on_device_BS, targets=ids_on_device_BS, with_routing=True)
+                nothing_BS = torch.full_like(ids_on_device_BS, -1)  # no target, no logits of a whole vocabulary
+                output = model(ids_on_device_BS, targets=nothing_BS, with_routing=True)
             layers = _routed_layers(model, output.routing)
             here = {name: each._replace(ids=each.ids.cpu(), weights=each.weights.cpu()) for name, each in layers}
             yield ids_BS.cpu(), here

@@ -71,6 +71,8 @@ def chunked_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tenso
     """
     if torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad):
         return _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, targets_T)  # pyright: ignore[reportReturnType]
+    counted_T = targets_T >= 0
+    hidden_TD, targets_T = hidden_TD[counted_T], targets_T[counted_T]  # no logits where nothing is counted
     total = hidden_TD.new_zeros((), dtype=loss_dtype(hidden_TD))
     for chunk in _chunks(targets_T, len(weight_VD)):
         total += _loss(F.linear(hidden_TD[chunk], weight_VD), targets_T[chunk])
@@ -107,7 +109,7 @@ def _chunks(tokens_T: Tensor, vocabulary: int) -> list[slice]:
 
 def _loss(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
     logits_CV = logits_CV.to(loss_dtype(logits_CV))
-    return F.cross_entropy(logits_CV, targets_C.clamp(min=-1), ignore_index=-1, reduction="sum")
+    return F.cross_entropy(logits_CV, targets_C, reduction="sum")
 
 
 def _blocks(logits_CV: Tensor) -> list[slice]:
