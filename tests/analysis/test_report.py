@@ -124,6 +124,12 @@ def test_sessions_on_unequal_machines_are_all_named(write, tmp_path):
     assert "a processor, 2 cores; another" in page.text
 
 
+@pytest.mark.usefixtures("plain_figures")
+def test_what_all_runs_have_in_common_is_said_once(write, pair):
+    text = write(contenders=pair).text
+    assert [text.count(each) for each in ("a processor, 2 cores", pair[0].digest, pair[1].digest)] == [1, 1, 1]
+
+
 def test_the_corpus_is_described_by_its_store(tmp_path):
     (tmp_path / "text").mkdir()
     for index in range(40):

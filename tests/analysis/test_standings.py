@@ -125,7 +125,7 @@ def test_the_table_has_a_row_for_each_contender_and_budget(standings):
     assert cells[0][heads.index("bits per byte")] == "1.9100 ± 0.0141"
     assert cells[0][heads.index("vs dense")].startswith("-4.98 ± 0.0")
     assert cells[1][heads.index("vs dense")] == "–"
-    assert cells[2][heads.index("lr")] == "x2"
+    assert cells[2][heads.index("LR")] == "x2"
     assert cells[0][heads.index("routing")] == "–"
 
 

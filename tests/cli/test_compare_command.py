@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -111,6 +112,10 @@ def test_it_leaves_a_table_a_plot_a_report_and_every_config(compared, folder):
         assert row["seeds"] == "2"
         assert row["reference"] == "dense"
     page = (out / "report.html").read_text()
+    for row in rows:
+        bits, deviation = float(row["bits_per_byte"]), float(row["bits_per_byte_deviation"])
+        cell = f'<td class="decisive">{bits:.4f} ± {deviation:.4f}</td>'
+        assert re.search(rf'<th scope="row">{row["contender"]}</th>\s*{cell}', page)
     for run in json.loads((out / "results.json").read_text())["runs"]:
         assert run["config"] in page
     assert "<script" not in page

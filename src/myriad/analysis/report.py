@@ -44,7 +44,7 @@ class Picture(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A line of the comparison: a value for every contender."""
+    """One of the things that are compared: a value for every contender."""
 
     label: str
     unit: str
@@ -53,10 +53,18 @@ class Row(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Lines of the comparison under a heading of their own; under none where it is empty."""
+    """Rows under a heading of their own."""
 
     heading: str
     rows: list[Row]
+
+
+class Origins(NamedTuple):
+    """On what the runs were made."""
+
+    common: list[Row]
+    """What is the same for all contenders."""
+    own: list[Row]
 
 
 def write_report(
@@ -226,11 +234,11 @@ def _comparison(contenders: Sequence[Contender]) -> list[Group]:
     return [Group("Cost", cost), Group("Training", training), Group("Held-out text", held_out)]
 
 
-def origins(groups: Sequence[Sequence[Contender]]) -> list[Group]:
-    """On what the runs were made; where those of a group or their sessions differ, all that they recorded.
+def origins(groups: Sequence[Sequence[Contender]]) -> Origins:
+    """On what the runs were made; where those of a contender or their sessions differ, all that they recorded.
 
     Args:
-        groups: the runs of each column.
+        groups: the runs of each contender.
     """
 
     def row(label: str, show: Callable[[dict[str, Any]], Any]) -> Row:
@@ -250,7 +258,8 @@ def origins(groups: Sequence[Sequence[Contender]]) -> list[Group]:
         row("Kernels", lambda session: _flat(session.get("kernels"))),
         row("Versions", versions),
     ]
-    return [Group("", rows)]
+    common = [row for row in rows if len(set(row.values)) == 1]
+    return Origins(common, [row for row in rows if row not in common])
 
 
 def _distinct(values: Any) -> str:

@@ -1,6 +1,6 @@
 """The report of a comparison: one self-contained page, in the form of analysis/report.py."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from myriad.analysis.compare.conduct import Conducted
 from myriad.analysis.compare.plan import MULTIPLIERS, SWEEP_SHARE
 from myriad.analysis.compare.runs import Course
 from myriad.analysis.compare.standings import Standing, Standings, verdicts
-from myriad.analysis.compare.tables import MISSING, conditions, short, spread
+from myriad.analysis.compare.tables import Column, conditions, cost_columns, effort_columns, result_columns
 from myriad.analysis.plots import loss_against_flops
 from myriad.analysis.report import (
     Group,
@@ -18,7 +18,6 @@ from myriad.analysis.report import (
     duration,
     number,
     origins,
-    percent,
     picture_usages,
     render,
     whole,
@@ -90,51 +89,20 @@ def write_page(
 
 
 def _comparison(standings: Standings) -> list[Group]:
-    """The costs of the contenders, then a group for each budget."""
-
-    def row(found: Sequence[Standing], label: str, unit: str, show: Callable[[Standing], str], **options) -> Row:
-        return Row(label, unit, [show(each) for each in found], **options)
-
-    first = standings.of(standings.budgets[0])
-    groups = [
-        Group(
-            "Cost",
-            [
-                row(first, "Parameters", "total", lambda each: short(each.cost.parameters)),
-                row(first, "Active parameters", "per token", lambda each: short(each.cost.active_parameters)),
-                row(first, "FLOPs", "per token, forward", lambda each: short(each.cost.flops)),
-                row(first, "Routing", "share of FLOPs", _routing),
-                row(first, "Learning rates", "times the config's", lambda each: f"{each.multiplier:g}"),
-            ],
-        )
-    ]
-    for budget in standings.budgets:
-        found = standings.of(budget)
-        reference = standings.reference_of(found[0])
-        rows = [
-            row(found, "Training tokens", "of each run", lambda each: short(each.tokens)),
-            row(found, "Training FLOPs", "of each run", lambda each: short(each.training_flops)),
-            row(found, "Speed", "tokens/s, median", lambda each: whole(each.tokens_per_second)),
-            row(found, "Peak memory", "GB, in training", _peak),
-            row(found, "Token perplexity", "held-out", lambda each: spread(each.token_perplexity, 2)),
-            row(found, "Bits per byte", "held-out", lambda each: spread(each.bits_per_byte, 4), decisive=True),
-            row(found, f"Against {reference.name}", "%, seed by seed", lambda each: _against(each, standings)),
-        ]
-        groups.append(Group(f"{budget} per run", rows))
-    return groups
+    """A table for each budget, then one of what the contenders cost; rows are columns on the page."""
+    budgeted = [*result_columns(standings), *effort_columns()]
+    results = [_group(f"{budget} per run", budgeted, standings.of(budget), standings) for budget in standings.budgets]
+    return [*results, _group("Cost", cost_columns(standings), standings.of(standings.budgets[0]), standings)]
 
 
-def _routing(standing: Standing) -> str:
-    return percent(standing.routing_share) if standing.cost.routing else MISSING
+def _group(heading: str, columns: Sequence[Column], found: Sequence[Standing], standings: Standings) -> Group:
+    return Group(heading, [_row(column, found, standings) for column in columns])
 
 
-def _peak(standing: Standing) -> str:
-    return MISSING if standing.peak_bytes is None else f"{standing.peak_bytes / 1e9:.2f}"
-
-
-def _against(standing: Standing, standings: Standings) -> str:
-    reference = standings.reference_of(standing)
-    return MISSING if standing is reference else spread(standing.relative_to(reference), 2, "+")
+def _row(column: Column, found: Sequence[Standing], standings: Standings) -> Row:
+    heading = column.heading[0].upper() + column.heading[1:]
+    values = [column.show(one, standings.reference_of(one)) for one in found]
+    return Row(heading, column.unit, values, column.decisive)
 
 
 def _singles(standings: Standings) -> list[Single]:

@@ -11,51 +11,68 @@ from typing import Any, NamedTuple
 from myriad.analysis.compare.conduct import Conducted
 from myriad.analysis.compare.plan import SWEEP_SHARE
 from myriad.analysis.compare.standings import Spread, Standing, Standings, verdicts
+from myriad.analysis.report import MISSING, percent, whole
 
-MISSING = "–"
 SCALES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 class Column(NamedTuple):
-    """A column of the table: its heading, and how it shows a standing beside the reference on the same budget."""
+    """A column of a table: its heading, and how it shows a standing beside the reference on the same budget."""
 
     heading: str
     show: Callable[[Standing, Standing], str]
+    unit: str = ""
+    """Said under the heading where there is room."""
     decisive: bool = False
 
 
+def cost_columns(standings: Standings) -> list[Column]:
+    """What a contender costs, on whatever budget."""
+    found = [
+        Column("parameters", lambda one, _: short(one.cost.parameters), "total"),
+        Column("active", lambda one, _: short(one.cost.active_parameters), "parameters per token"),
+        Column("FLOPs/token", lambda one, _: short(one.cost.flops), "forward"),
+        Column("routing", lambda one, _: percent(one.routing_share) if one.cost.routing else MISSING, "of FLOPs"),
+    ]
+    if all(one.multiplier == 1 for one in standings.all):
+        return found
+    return [Column("LR", lambda one, _: f"x{one.multiplier:g}", "times the config's"), *found]
+
+
+def effort_columns() -> list[Column]:
+    """What a run on a budget took."""
+    return [
+        Column("tokens", lambda one, _: short(one.tokens), "each run"),
+        Column("tokens/s", lambda one, _: whole(one.tokens_per_second), "median"),
+        Column("peak memory", lambda one, _: _gigabytes(one.peak_bytes), "in training"),
+    ]
+
+
+def result_columns(standings: Standings) -> list[Column]:
+    """What the runs on a budget reached."""
+    return [
+        Column("bits per byte", lambda one, _: spread(one.bits_per_byte, 4), "held-out", decisive=True),
+        Column(f"vs {standings.reference}", _against, "seed by seed"),
+        Column("perplexity", lambda one, _: spread(one.token_perplexity, 2), "per token"),
+    ]
+
+
 def columns(standings: Standings) -> list[Column]:
-    """Those of the table: what is the same for all contenders has none."""
+    """Those of the whole table: what is the same for all contenders has none."""
     found = [
         Column("contender", lambda one, _: one.name),
         Column("budget", lambda one, _: str(one.budget)),
-        Column("lr", lambda one, _: f"x{one.multiplier:g}"),
-        Column("parameters", lambda one, _: short(one.cost.parameters)),
-        Column("active", lambda one, _: short(one.cost.active_parameters)),
-        Column("FLOPs/token", lambda one, _: short(one.cost.flops)),
-        Column("routing", lambda one, _: f"{100 * one.routing_share:.1f} %" if one.cost.routing else MISSING),
-        Column("tokens", lambda one, _: short(one.tokens)),
-        Column(
-            "tokens/s", lambda one, _: MISSING if one.tokens_per_second is None else f"{one.tokens_per_second:,.0f}"
-        ),
-        Column("peak memory", lambda one, _: MISSING if one.peak_bytes is None else f"{one.peak_bytes / 1e9:.2f} GB"),
-        Column("perplexity", lambda one, _: spread(one.token_perplexity, 2)),
-        Column("bits per byte", lambda one, _: spread(one.bits_per_byte, 4), decisive=True),
-        Column(f"vs {standings.reference}", _against),
+        *cost_columns(standings),
+        *effort_columns(),
+        *result_columns(standings),
     ]
-    if all(one.multiplier == 1 for one in standings.all):
-        found = [column for column in found if column.heading != "lr"]
     if any(one.diverged for one in standings.all):
         found.append(Column("diverged", lambda one, _: f"{len(one.diverged)} of {len(one.diverged) + len(one.runs)}"))
     return found
 
 
-def _or_missing(figure: float | None, form: str) -> str:
-    return MISSING if figure is None else form.format(figure)
-
-
-def gigabytes(count: int | None) -> float | None:
-    return None if count is None else count / 1e9
+def _gigabytes(count: int | None) -> str:
+    return MISSING if count is None else f"{count / 1e9:.2f} GB"
 
 
 def _against(standing: Standing, reference: Standing) -> str:
