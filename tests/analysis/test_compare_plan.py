@@ -124,6 +124,19 @@ def test_unequal_conditions_are_refused(changes, message):
         plan({"a": run(), "b": validate(RunConfig, raw)})
 
 
+def test_a_plan_is_extended_by_seeds_and_budgets_alone():
+    mine = plan(budgets=["64e3tokens"])
+    more = plan(budgets=["32e3tokens", "64e3tokens"], seeds=5)
+    assert mine.extended(more) == more
+    ones = {"peer": 1.0, "dense": 1.0}
+    assert set(map(repr, mine.trials(ones))) < set(map(repr, more.trials(ones)))
+    assert more.extended(mine) == more
+    other = plan(budgets=["32e3tokens"], seeds=3)
+    assert mine.extended(other) == plan(seeds=3)
+    swept = plan(sweep_lr=True)
+    assert swept.extended(more) == plan(seeds=5, sweep_lr=True)
+
+
 def test_a_plan_survives_json():
     mine = plan(budgets=["1e9flops", "5e3tokens"], sweep_lr=True)
     raw = mine.model_dump(mode="json")

@@ -160,6 +160,24 @@ def test_called_again_it_trains_nothing_anew(compared, folder, myriad, monkeypat
     assert figures(out) == before
 
 
+def test_seeds_can_be_added_later_and_what_is_finished_stays(compared, folder, myriad, tmp_path, monkeypatch):
+    step, out, trained = loop.train_step, tmp_path / "out", set()
+    shutil.copytree(compared[0], out)
+
+    def notes(job):
+        trained.add(job.folder.name)
+        return step(job)
+
+    monkeypatch.setattr(loop, "train_step", notes)
+    said = myriad("compare", folder / "list.yaml", *BUDGETS, "--seeds", 3, "--out", out)
+    assert said.code == 0, said.err
+    assert trained == {f"{name}-{budget}-seed2" for name in ("peer", "dense") for budget in BUDGETS[1::2]}
+    before, after = figures(compared[0])["runs"], figures(out)["runs"]
+    assert len(after) == 12
+    assert [run for run in after if run["seed"] < 2] == before
+    assert "over 3 seeds" in said.out
+
+
 class Killed(BaseException):
     """Ends the process at once, as nothing catches it."""
 
@@ -339,13 +357,20 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_trained(
     assert not (tmp_path / "out" / "runs").exists()
 
 
-@pytest.mark.parametrize("words", [["--seeds", "3"], ["--seeds", "2", "optim.lr=0.02"], ["--seeds", "2", "--sweep-lr"]])
-def test_another_comparison_in_the_folder_is_refused(words, compared, folder, myriad):
+@pytest.mark.parametrize(
+    ("words", "difference"),
+    [
+        (["--seeds", "1"], "seeds: 1 instead of 2"),
+        (["--seeds", "3", "--budget", "5e8flops", "optim.lr=0.02"], "contenders.dense.optim.lr: 0.02 instead of 0.01"),
+        (["--seeds", "2", "--sweep-lr"], "sweep_lr: true instead of false"),
+    ],
+)
+def test_another_comparison_in_the_folder_is_refused(words, difference, compared, folder, myriad):
     out, _ = compared
     before = (out / "plan.json").read_bytes()
     said = myriad("compare", folder / "list.yaml", *BUDGETS, *words, "--out", out)
     assert said.code == 2
-    assert said.err.startswith(f"myriad: --out: {out} holds another comparison (")
+    assert said.err.startswith(f"myriad: --out: {out} holds another comparison ({difference}")
     assert len(said.err.splitlines()) == 1
     assert (out / "plan.json").read_bytes() == before
 

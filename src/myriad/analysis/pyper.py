@@ -14,10 +14,10 @@ What is finished is skipped, what is not goes on.
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from myriad.analysis.compare.conduct import Board, HeldOut, finish, write, write_plan
-from myriad.analysis.compare.plan import Trial
+from myriad.analysis.compare.plan import FolderPlan, Trial
 from myriad.analysis.measure import measure_run
 from myriad.checkpoint import MANIFEST, intact_folder, read_config, read_json
 from myriad.config import Config, ConfigError, validate
@@ -34,8 +34,10 @@ from myriad.train.stores import ensure_store
 CLUSTERS, EXPERTS, MIXTURE, FIGURES = "clusters", "experts", "mixture", "figures.json"
 
 
-class PyperPlan(Config):
+class PyperPlan(FolderPlan):
     """What is made."""
+
+    noun: ClassVar[str] = "mixture"
 
     run: RunConfig
     """How each expert is trained; its data are those of all."""

@@ -1,7 +1,7 @@
 """Training what a plan names, one run after another; what is finished is skipped, what is not goes on.
 
 OUT/
-  plan.json            the whole plan: a comparison goes on only if it is the same
+  plan.json            the whole plan: a comparison goes on only if it is the same, or adds seeds or budgets
   runs/NAME-.../       run folders, with outcome.json when they are finished and measured
   runs/data/...        the store, where the data were a source
 """
@@ -12,13 +12,13 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from filelock import FileLock, Timeout
 
-from myriad.analysis.compare.plan import Plan, Trial, refuse_other_stores
+from myriad.analysis.compare.plan import FolderPlan, Plan, Trial, refuse_other_stores
 from myriad.analysis.curve import LearningCurve
 from myriad.analysis.measure import measure_run
 from myriad.analysis.peak_memory import PeakMemory
@@ -99,8 +99,8 @@ class Conducted(NamedTuple):
 
 
 @contextmanager
-def opened(out: Path, plan: Config) -> Iterator[None]:
-    """Hold the folder of a plan's runs, made now or of the same plan, against other processes.
+def opened(out: Path, plan: FolderPlan) -> Iterator[None]:
+    """Hold the folder of a plan's runs, made now or of a plan that this one keeps, against other processes.
 
     Raises:
         ConfigError: it holds another plan, or something else, or another process is at work in it.
@@ -120,12 +120,14 @@ def opened(out: Path, plan: Config) -> Iterator[None]:
             shutil.rmtree(out)
 
 
-def _refuse_other(out: Path, plan: Config) -> None:
+def _refuse_other(out: Path, plan: FolderPlan) -> None:
     if (out / PLAN).exists():
         recorded = read_json(out / PLAN)
+        with suppress(ConfigError):  # of another kind: the difference tells
+            recorded = validate(type(plan), recorded).extended(plan).model_dump(mode="json")
         if recorded != plan.model_dump(mode="json"):
             raise ConfigError(
-                f"--out: {out} holds another comparison ({_difference(plan, recorded)}); choose another folder"
+                f"--out: {out} holds another {plan.noun} ({_difference(plan, recorded)}); choose another folder"
             )
         return
     strangers = sorted(set(os.listdir(out)) - {".lock", RUNS})

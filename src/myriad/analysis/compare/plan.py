@@ -7,7 +7,7 @@ differ in their model, though not in its context and vocabulary, in the peak lea
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, field_validator, model_serializer, model_validator
 
@@ -106,8 +106,20 @@ class Trial(NamedTuple):
         return batch * self.run.budget.in_steps(batch, 0, 0)
 
 
-class Plan(Config):
+class FolderPlan(Config):
+    """What a folder of runs is made by. The work goes on with the same plan, or with one that its own extends to."""
+
+    noun: ClassVar[str]
+
+    def extended(self, other: Self) -> Self:
+        """This plan with what another one adds that changes none of its runs."""
+        return self
+
+
+class Plan(FolderPlan):
     """A comparison, whole. The order of the contenders is that of every table."""
+
+    noun: ClassVar[str] = "comparison"
 
     contenders: dict[str, RunConfig]
     budgets: list[Budget]
@@ -166,6 +178,11 @@ class Plan(Config):
     @property
     def first_seed(self) -> int:
         return next(iter(self.contenders.values())).seed
+
+    def extended(self, other: Self) -> Self:
+        """With its seeds, and its budgets where no sweep depends on the largest of them."""
+        budgets = other.budgets if set(self.budgets) < set(other.budgets) and not self.sweep_lr else self.budgets
+        return self.model_copy(update={"seeds": max(self.seeds, other.seeds), "budgets": budgets})
 
     def training_tokens(self, budget: Budget) -> dict[str, int]:
         """Each contender's training tokens.
