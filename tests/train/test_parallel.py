@@ -9,11 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from myriad.checkpoint import list_checkpoints
+from myriad.checkpoint import list_checkpoints, load
 from myriad.data.store import Store
-from myriad.ffn import DenseConfig, PEERConfig, StackConfig, TableConfig, TokenChoiceConfig
+from myriad.ffn import DenseConfig, ExpertChoiceConfig, PEERConfig, StackConfig, TableConfig, TokenChoiceConfig
+from myriad.train import fit
 from myriad.train.record import CLOCK_FIELDS, read_records
 from tiny import tiny_model, tiny_run
 
@@ -91,6 +93,24 @@ def runs(config, tmp_path_factory) -> dict[int, Path]:
 def test_many_processes_give_the_losses_of_one(runs, processes):
     assert_close(runs[processes], runs[1])
     assert len(figures(runs[1])) == 12 + 3
+
+
+def test_experts_choose_in_every_process_as_they_do_in_micro_batches_of_one(store, tmp_path):
+    """With a window at a time in each process: what is computed at once is then the same windows."""
+    model = tiny_model(layers=1, ffns={"experts": ExpertChoiceConfig(experts=4, d_expert=16)}, pattern=["experts"])
+    context = model.context
+    run = tiny_run(store, model=model, batch={"tokens": 8 * context, "micro_tokens": context}, budget={"steps": 6})
+    fit(run, tmp_path / "one")
+    (tmp_path / "config.yaml").write_text(run.to_yaml())
+    two = [f"batch.micro_tokens={2 * context}", f"out={tmp_path / 'two'}"]
+    run_to_the_end(2, tmp_path / "config.yaml", *two)
+    assert_close(tmp_path / "two", tmp_path / "one")
+    mine, theirs = (load(tmp_path / name).blocks[0].ffn.thresholds for name in ("two", "one"))
+    assert mine.steps == theirs.steps
+    assert torch.allclose(mine.value, theirs.value, rtol=1e-4)
+    wider = run.batch.model_copy(update={"micro_tokens": 2 * context})
+    fit(run.model_copy(update={"batch": wider}), tmp_path / "wider")
+    assert figures(tmp_path / "wider")[-1]["loss"] != pytest.approx(figures(tmp_path / "one")[-1]["loss"], rel=2e-5)
 
 
 def test_only_the_first_process_writes(runs):
