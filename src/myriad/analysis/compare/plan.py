@@ -111,8 +111,8 @@ class FolderPlan(Config):
 
     noun: ClassVar[str]
 
-    def extended(self, other: Self) -> Self:
-        """This plan with what another one adds that changes none of its runs."""
+    def extended(self, other: Any) -> Self:
+        """This plan with what another one of its kind adds that changes none of its runs."""
         return self
 
 
@@ -179,7 +179,7 @@ class Plan(FolderPlan):
     def first_seed(self) -> int:
         return next(iter(self.contenders.values())).seed
 
-    def extended(self, other: Self) -> Self:
+    def extended(self, other: "Plan") -> Self:
         """With its seeds, and its budgets where no sweep depends on the largest of them."""
         budgets = other.budgets if set(self.budgets) < set(other.budgets) and not self.sweep_lr else self.budgets
         return self.model_copy(update={"seeds": max(self.seeds, other.seeds), "budgets": budgets})
