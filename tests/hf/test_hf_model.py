@@ -16,6 +16,7 @@ import myriad
 from myriad import checkpoint
 from myriad.checkpoint import CheckpointError
 from myriad.hf import MyriadConfig, MyriadForCausalLM
+from myriad.train.optim import hold_weights
 
 END = 256
 IDS = torch.randint(END, (3, 20), generator=torch.Generator().manual_seed(1))
@@ -111,6 +112,20 @@ def test_tables_of_bfloat16_stay_so_beside_float32(bfloat16_tables, tmp_path, wr
         assert parameter.dtype == (torch.bfloat16 if "experts_" in name else torch.float32)
     with torch.no_grad():
         assert torch.equal(opened(IDS).logits, ours(IDS).logits)
+
+
+def test_a_model_with_weights_of_bfloat16_opens_in_them(fresh, tmp_path):
+    ours = fresh.model.eval()
+    hold_weights(ours, "bfloat16")
+    checkpoint.write_model(tmp_path, ours, None, END)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert {parameter.dtype for parameter in opened.parameters()} == {torch.bfloat16}
+    assert all(map(torch.equal, opened.parameters(), ours.parameters()))
+    with torch.no_grad():
+        found, expected = opened(IDS).logits.float(), ours(IDS).logits.float()
+    # Transformers rounds the running statistics, too.
+    assert (found - expected).abs().mean() < 0.03 * expected.abs().mean()
+    assert len(opened.generate(IDS, max_new_tokens=3, do_sample=False)[0]) == IDS.shape[1] + 3
 
 
 @pytest.mark.parametrize("writer", ["ours", "theirs"])

@@ -6,7 +6,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from myriad.kernels import lazy_adam, new_moments
-from myriad.kernels.table_update import AdamStep, random_bits, rounded_by, used_rows
+from myriad.kernels.rounding import random_bits, rounded_by
+from myriad.kernels.table_update import AdamStep, used_rows
 
 OPTIONS = {"lr": 0.03, "betas": (0.8, 0.95), "eps": 1e-3}
 ROWS, WIDTH = 12, 5

@@ -6,14 +6,17 @@ import threading
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from myriad import checkpoint
+from myriad.analysis.measure import measure_run, open_run
 from myriad.config import ConfigError, RunError
 from myriad.evaluate import evaluate
 from myriad.ffn import DenseConfig, PEERConfig, ProductKeyMemoryConfig, TableConfig
 from myriad.models import Transformer
 from myriad.train import fit
 from myriad.train.loop import due
+from myriad.train.optim import OptimConfig
 from myriad.train.record import CLOCK_FIELDS, Silent, read_records
 from myriad.train.run import BatchConfig, BudgetConfig, CheckpointConfig, EarlyStoppingConfig, TrainConfig
 from tiny import tiny_model, tiny_run
@@ -128,6 +131,30 @@ def test_bfloat16_tables_learn_are_saved_and_resumed_bit_for_bit(store, tmp_path
     for (name, one), other in zip(whole.named_parameters(), stopped.parameters(), strict=True):
         assert torch.equal(one, other)
         assert one.dtype == (torch.bfloat16 if "experts_" in name else torch.float32)
+
+
+def test_bfloat16_weights_learn_are_saved_and_resumed_bit_for_bit(store, tmp_path):
+    run = tiny_run(store, optim=OptimConfig(lr=1e-2, warmup=5, weights="bfloat16"), train=TrainConfig())
+    fit(run, tmp_path / "whole")
+    fit(run, tmp_path / "stopped", display=StopsAfter(6, signal.SIGTERM))
+    fit(run, tmp_path / "stopped", resume=True)
+    assert records(tmp_path / "whole") == records(tmp_path / "stopped")
+    assert same_weights(tmp_path / "whole", tmp_path / "stopped")
+    losses = [record["loss"] for record in records(tmp_path / "whole")]
+    assert losses[-1] < losses[0]
+    assert {value.dtype for value in checkpoint.load(tmp_path / "whole").parameters()} == {torch.bfloat16}
+    session = json.loads((tmp_path / "whole/sessions.jsonl").read_text())
+    assert session["precision"] == "bfloat16"
+    moments = checkpoint.read_tensors(tmp_path / "whole/checkpoints/00000012/training/optimizer.safetensors")
+    wide = [name for name, value in moments.items() if value.dtype != torch.bfloat16]
+    assert [name for name in wide if "experts_" not in name] == []  # a table's second moment is one number a row
+    assert measure_run(tmp_path / "whole").perplexity.loss < losses[0]
+    assert open_run(tmp_path / "whole").model(torch.arange(8).view(1, 8)).logits.dtype == torch.float32
+
+
+def test_products_in_float32_of_bfloat16_weights_are_refused(store):
+    with pytest.raises(ValidationError, match=r"train.precision = float32: with optim.weights = bfloat16"):
+        tiny_run(store, optim=OptimConfig(weights="bfloat16"))
 
 
 @pytest.mark.parametrize("side", [8, 64])  # gradients of all rows, and of those in use

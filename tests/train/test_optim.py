@@ -1,18 +1,20 @@
 import copy
 import itertools
 import math
+import sys
 
 import pytest
 import torch
 
 from myriad.config import ConfigError
-from myriad.ffn import DenseConfig, PEERConfig
+from myriad.ffn import DenseConfig, FFNConfig, PEERConfig
 from myriad.models import build
 from myriad.train.optim import (
     OptimConfig,
     build_optimizer,
     clip_gradients,
     freeze,
+    hold_weights,
     optimizer_state,
     restore_optimizer,
 )
@@ -180,3 +182,50 @@ def test_schedules(schedule):
     if schedule == "wsd":
         assert course[79] == 1
         assert course[90] == pytest.approx(0.1 + 0.9 * 0.5)
+
+
+def final_loss(text: str, weights: str, steps: int = 250) -> float:
+    """Of a small model that learns a text's bytes."""
+    ids = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
+    torch.manual_seed(0)
+    model = tiny_model(vocab_size=256, layers=1, ffns={"d": DenseConfig()}, pattern=["d"]).build()
+    hold_weights(model, weights)
+    optimizer = build_optimizer(model, lr=3e-4)
+    losses = []
+    for _ in range(steps):
+        windows = torch.stack([ids[start : start + 33] for start in torch.randint(len(ids) - 33, (16,)).tolist()])
+        output = model(windows[:, :-1], targets=windows[:, 1:])
+        (output.loss / output.targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append((output.loss / output.targets).item())
+    return sum(losses[-25:]) / 25
+
+
+def test_bfloat16_weights_learn_as_float32_ones_where_rounding_to_the_nearest_does_not(text, monkeypatch):
+    exact, rounded = final_loss(text, "float32"), final_loss(text, "bfloat16")
+    monkeypatch.setattr(sys.modules["myriad.kernels.rounded_adamw"], "rounded_by", lambda x, bits: x.bfloat16())
+    nearest = final_loss(text, "bfloat16")
+    assert nearest > exact + 0.02
+    assert abs(rounded - exact) < (nearest - exact) / 4
+
+
+@pytest.mark.parametrize("ffn", [example for kind in FFNConfig.kinds.values() for example in kind.examples()])
+def test_every_layer_trains_in_bfloat16(ffn):
+    torch.manual_seed(0)
+    model = tiny_model(vocab_size=50, layers=1, ffns={"f": ffn}, pattern=["f"], qk_norm=True).build()
+    hold_weights(model, "bfloat16")
+    buffers = {buffer.dtype for buffer in model.buffers()}
+    before = copy.deepcopy(model.state_dict())
+    optimizer = build_optimizer(model, lr=1e-2)
+    for _ in range(2):
+        ids = torch.randint(50, (4, 32))
+        output = model(ids, targets=ids)
+        (output.loss + output.aux_loss).backward()
+        optimizer.step()
+        model.after_step(output.loads)
+    state = model.state_dict()
+    assert not [name for name, _ in model.named_parameters() if torch.equal(state[name], before[name])]
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert {buffer.dtype for buffer in model.buffers()} == buffers
+    assert all(value.isfinite().all() for value in state.values())

@@ -15,7 +15,7 @@ import yaml
 from myriad.checkpoint import list_checkpoints, load
 from myriad.data.store import Store
 from myriad.ffn import DenseConfig, ExpertChoiceConfig, PEERConfig, StackConfig, TableConfig, TokenChoiceConfig
-from myriad.train import fit
+from myriad.train import fit, with_overrides
 from myriad.train.record import CLOCK_FIELDS, read_records
 from tiny import tiny_model, tiny_run
 
@@ -111,6 +111,17 @@ def test_experts_choose_in_every_process_as_they_do_in_micro_batches_of_one(stor
     wider = run.batch.model_copy(update={"micro_tokens": 2 * context})
     fit(run.model_copy(update={"batch": wider}), tmp_path / "wider")
     assert figures(tmp_path / "wider")[-1]["loss"] != pytest.approx(figures(tmp_path / "one")[-1]["loss"], rel=2e-5)
+
+
+def test_weights_of_bfloat16_train_in_many_processes(config, tmp_path):
+    """Were they rounded by other bits in each, the losses would part."""
+    words = ["optim.weights=bfloat16", "train.precision=auto", "optim.table_lr=1e-3"]
+    run_to_the_end(2, config, f"out={tmp_path / 'two'}", *words)
+    fit(with_overrides(yaml.safe_load(config.read_text()), words), tmp_path / "one")
+    mine, theirs = figures(tmp_path / "two"), figures(tmp_path / "one")
+    assert mine[0]["loss"] > mine[-1]["loss"]
+    for record, expected in zip(mine, theirs, strict=True):
+        assert record["loss"] == pytest.approx(expected["loss"], rel=0.02), record["step"]
 
 
 def test_only_the_first_process_writes(runs):

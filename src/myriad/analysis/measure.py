@@ -90,7 +90,7 @@ def measure_run(
 
 
 def open_run(run: Path, data: Path | None = None) -> OpenedRun:
-    """Open a run in eval mode and a store that fits it, both checked.
+    """Open a run in eval mode, in float32 but for tables, and a store that fits it, both checked.
 
     Args:
         run: a run folder, a checkpoint, or a Hugging Face folder of ours.
@@ -102,10 +102,19 @@ def open_run(run: Path, data: Path | None = None) -> OpenedRun:
     folder = intact_folder(run)
     model = load(folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     refuse_broken_weights(model, folder)
+    _widen(model)
     store = open_store_of(run, folder) if data is None else Store.open(data)
     store.verify()
     _refuse_misfit(run, folder, model, store)
     return OpenedRun(run, folder, model, store)
+
+
+def _widen(model: LanguageModel) -> None:
+    """Let products be in float32, whatever the weights were trained in; lookups take tables of any dtype."""
+    roles = model.roles()
+    for name, parameter in model.named_parameters():
+        if roles[name] != "table":
+            parameter.data = parameter.data.float()
 
 
 def open_store_of(run: Path, folder: Path) -> Store:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
@@ -79,8 +80,9 @@ class BatchNorm(nn.Module):
 
     def _normalise_alone(self, x_TF: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The same where the statistics are those of these tokens alone: PyTorch's own op makes fewer passes."""
+        weight, bias = self.weight.to(x_TF.dtype), self.bias.to(x_TF.dtype)
         y_TF, mean, inverse = torch.native_batch_norm(
-            x_TF, self.weight, self.bias, None, None, training=True, momentum=0.0, eps=self.eps
+            x_TF, weight, bias, None, None, training=True, momentum=0.0, eps=self.eps
         )
         with torch.no_grad():
             count = float(len(x_TF))
@@ -144,14 +146,21 @@ class Queries(nn.Module):
         load: dict[str, Tensor] = {}
         if isinstance(self.norm, BatchNorm):
             q_TF, load = self.norm(q_TF, mask_T)
-        q_THPQ = q_TF.view(-1, *self.shape)
-        if self.norm is not None and not isinstance(self.norm, BatchNorm):
-            q_THPQ = self.norm(q_THPQ)
-        return q_THPQ, load
+        return _normalized(self.norm, q_TF.view(-1, *self.shape)), load
 
     def after_step(self, load: Mapping[str, Tensor]) -> None:
         if isinstance(self.norm, BatchNorm) and load:
             self.norm.update(load)
+
+
+def _normalized(norm: nn.Module | None, q_THPQ: Tensor) -> Tensor:
+    """Every query by a norm over it, if that is what the norm is, with parameters in the dtype of the queries."""
+    if isinstance(norm, nn.LayerNorm):
+        weight, bias = norm.weight.to(q_THPQ.dtype), norm.bias.to(q_THPQ.dtype)
+        return F.layer_norm(q_THPQ, norm.normalized_shape, weight, bias, norm.eps)
+    if isinstance(norm, nn.RMSNorm):
+        return F.rms_norm(q_THPQ, norm.normalized_shape, norm.weight.to(q_THPQ.dtype), norm.eps)
+    return q_THPQ
 
 
 def new_keys(rows: int, heads: int, d_key: int, shared: bool) -> nn.Parameter:

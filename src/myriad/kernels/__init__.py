@@ -3,6 +3,7 @@
 from myriad.kernels.expert_lookup import expert_lookup
 from myriad.kernels.product_key import product_key
 from myriad.kernels.registry import choices, current, names, select, use
+from myriad.kernels.rounded_adamw import rounded_adamw
 from myriad.kernels.table_update import lazy_adam, new_moments
 from myriad.kernels.value_lookup import value_lookup
 
@@ -14,6 +15,7 @@ __all__ = [
     "names",
     "new_moments",
     "product_key",
+    "rounded_adamw",
     "select",
     "use",
     "value_lookup",

@@ -6,9 +6,7 @@ stored rows of zeros the float32 form is `torch.optim.SparseAdam`.
 Two forms:
 - *full*: the moments have the table's shape and dtype.
 - *rounded*: a bfloat16 table with a bfloat16 first moment, and one float32 second moment a row: the mean of the
-  row's squares. Both are rounded stochastically, so that steps smaller than a bfloat16 digit are not lost
-  on average (Gupta et al., arXiv 1502.02551). The random bits are a function of the seed, the step and the place
-  in the table, so that a run is the same wherever and however it is computed.
+  row's squares. Both are rounded stochastically (`rounding.py`).
 
 Legend: `N` rows, `D` width, `U` rows of a sparse gradient.
 """
@@ -21,17 +19,8 @@ from torch import Tensor
 
 from myriad.kernels.pages import in_large_pages
 from myriad.kernels.registry import register, resolve
+from myriad.kernels.rounding import random_bits, rounded_by, salt_of
 from myriad.kernels.table_gradient import coalesced
-
-MASK = 0xFFFFFFFF
-"""The 32 bits that hashes are taken in."""
-
-
-def mixed(x: int) -> int:
-    """A bijection of 32 bits that leaves no trace of its input (the finalizer of MurmurHash3)."""
-    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & MASK
-    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & MASK
-    return x ^ (x >> 16)
 
 
 class AdamStep(NamedTuple):
@@ -53,7 +42,7 @@ class AdamStep(NamedTuple):
     @property
     def salt(self) -> int:
         """What tells this step's random bits from others', below 2**32."""
-        return mixed((self.seed ^ mixed(self.step & MASK)) & MASK)
+        return salt_of(self.seed, self.step)
 
 
 class TableUpdateFunctions(NamedTuple):
@@ -167,16 +156,3 @@ def _reference_rounded(
 
 
 register("table_update", "reference", TableUpdateFunctions(_reference_full, _reference_rounded))
-
-
-def random_bits(places: Tensor, salt: int) -> Tensor:
-    """32 random bits for each place of a table, int64: `mixed(place ^ salt)` of the place's low 32 bits."""
-    return mixed((places & MASK) ^ salt)  # pyright: ignore
-
-
-def rounded_by(x: Tensor, bits: Tensor) -> Tensor:
-    """float32 numbers as bfloat16: up if the digits that are cut off exceed 2**16 minus the 16 random bits."""
-    whole = x.view(torch.int32).long() + bits
-    # A number that is not finite stays what it is.
-    up = ((whole >> 16) << 16).to(torch.int32).view(torch.float32)
-    return torch.where(x.isfinite(), up, x).bfloat16()

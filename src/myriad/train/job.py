@@ -5,6 +5,7 @@ need no state: each step's are seeded by its number.
 """
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from myriad.data.stream import Stream
 from myriad.models import LanguageModel
 from myriad.train.logs import broken_seals, seal_logs
 from myriad.train.optim import NamedState, RoleOptimizer, optimizer_state, restore_optimizer
-from myriad.train.precision import Precision
+from myriad.train.precision import Precision, autocast
 from myriad.train.record import Display
 from myriad.train.replica import Replica
 from myriad.train.run import RunConfig
@@ -79,6 +80,10 @@ class Job:
     """The step of the newest checkpoint."""
     broken_seals: dict[str, FileEntry] = field(default_factory=dict)
     """Of logs that were damaged when the run was resumed; kept, so that the damage stays known."""
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The context of forward passes; with weights of bfloat16, products are in it of themselves."""
+        return nullcontext() if self.run.optim.weights == "bfloat16" else autocast(self.precision, self.device)
 
     @property
     def checkpoint_folders(self) -> Path:

@@ -22,7 +22,6 @@ from myriad import distributed
 from myriad.evaluate import Perplexity, check_causality, evaluate
 from myriad.train.job import DivergedError, Job, Progress, save
 from myriad.train.optim import clip_gradients
-from myriad.train.precision import autocast
 from myriad.train.record import Record
 from myriad.train.run import RunConfig
 
@@ -110,7 +109,7 @@ def _backward(job: Job, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, L
     loads: Loads = []
     for number, (part_ids, part_targets) in enumerate(parts, 1):
         with job.replica.collecting(last=number == len(parts)):
-            with autocast(job.precision, job.device):
+            with job.autocast():
                 output = job.replica(part_ids.to(job.device), part_targets.to(job.device))
             assert output.loss is not None
             mean, aux = output.loss / count, output.aux_loss / (len(parts) * world)
@@ -140,7 +139,7 @@ def _total(loss: Tensor, aux_loss: Tensor, loads: Loads) -> tuple[Tensor, Tensor
 def validate(job: Job) -> Record:
     """Measure the model on the validation split, and note whether it is the best so far."""
     run, progress = job.run, job.progress
-    with autocast(job.precision, job.device):
+    with job.autocast():
         found = evaluate(
             job.model,
             [job.validation],
@@ -217,7 +216,7 @@ def _settle(job: Job) -> None:
     """Bring the exchange of gradients to the state in which every later step finds it."""
     ids, targets = job.stream.batch(0, job.run.micro_windows, distributed.rank(), distributed.world_size())
     job.model.train()
-    with autocast(job.precision, job.device):
+    with job.autocast():
         job.replica.settle(ids.to(job.device), targets.to(job.device))
 
 

@@ -1,6 +1,7 @@
 """Parameters optimised by their roles: matrices and vectors by AdamW, tables by lazy Adam.
 
-A table's rows and moments move only where a row was used, so a step costs what its active experts cost.
+A table's rows and moments move only where a row was used, so a step costs what its active experts cost. Parameters in
+bfloat16 have moments in bfloat16, and are rounded stochastically.
 """
 
 import math
@@ -14,11 +15,15 @@ from torch.optim.adamw import adamw
 
 from myriad.config import Config, ConfigError, nearest
 from myriad.ffn import Role
-from myriad.kernels import lazy_adam, new_moments
+from myriad.kernels import lazy_adam, new_moments, rounded_adamw
+from myriad.kernels.pages import in_large_pages
 from myriad.kernels.table_gradient import coalesced
 
 Schedule = Literal["cosine", "wsd", "constant"]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Weights = Literal["float32", "bfloat16"]
+FIRST_SEED: dict[Role, int] = {"table": 0, "matrix": 2**29, "vector": 2**30}
+"""Of the stochastic rounding, by the place of a parameter among those of its role: no two have one."""
 
 
 class OptimConfig(Config):
@@ -45,6 +50,9 @@ class OptimConfig(Config):
     """Share of the steps over which `wsd` decays."""
     frozen: list[str] = []
     """Parameters that stay as they are: their names, or what their names begin with, such as `trunk` or `experts.3`."""
+    weights: Weights = "float32"
+    """What parameters, gradients and moments are held in. `bfloat16` takes half the memory: updates are rounded
+    stochastically, and products are made in it, too."""
 
     def scale(self, step: int, steps: int) -> float:
         """The learning rates' share of their peak at a step, counted from 0, of a number of steps."""
@@ -89,17 +97,44 @@ class RoleOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if group["role"] == "table":
                 self._step_tables(group)
-            elif parameters:
-                self._step_dense(group, parameters)
+            else:
+                self._step_dense(group)
         return loss
 
-    def _step_dense(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        for parameter in parameters:
+    def _step_dense(self, group: dict[str, Any]) -> None:
+        exact: list[Tensor] = []
+        for number, parameter in enumerate(group["params"]):
+            if parameter.grad is None:
+                continue
             if not self.state[parameter]:
                 self.state[parameter] = _state(torch.zeros_like(parameter), torch.zeros_like(parameter))
+            if parameter.dtype == torch.bfloat16:
+                self._step_rounded(group, parameter, FIRST_SEED[group["role"]] + number)
+            else:
+                exact.append(parameter)
+        if exact:
+            self._step_exact(group, exact)
+
+    def _step_rounded(self, group: dict[str, Any], parameter: Tensor, seed: int) -> None:
+        state = self.state[parameter]
+        state["step"] += 1
+        assert parameter.grad is not None
+        rounded_adamw(
+            parameter,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            parameter.grad,
+            lr=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            step=int(state["step"]),
+            seed=seed,
+        )
+
+    def _step_exact(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         states = [self.state[parameter] for parameter in parameters]
         adamw(
             parameters,
@@ -135,7 +170,7 @@ class RoleOptimizer(torch.optim.Optimizer):
                 betas=group["betas"],
                 eps=group["eps"],
                 step=int(state["step"]),
-                seed=number,
+                seed=FIRST_SEED["table"] + number,
             )
 
 
@@ -162,6 +197,18 @@ def freeze(module: nn.Module, prefixes: Iterable[str]) -> None:
             names[name].requires_grad_(False)
     if not any(parameter.requires_grad for parameter in names.values()):
         raise ConfigError("optim.frozen: leaves no parameter to train")
+
+
+def hold_weights(model: nn.Module, dtype: Weights) -> None:
+    """Let a model's parameters be of a dtype, one after the other; buffers (running statistics) stay as they are.
+
+    Vectors, too, though they take next to nothing: PyTorch has no fused norms for two dtypes, and the folder of a
+    model of one dtype opens everywhere.
+    """
+    if dtype == "bfloat16":
+        for parameter in model.parameters():
+            narrow = torch.empty_like(parameter, dtype=torch.bfloat16, requires_grad=False)
+            parameter.data = in_large_pages(narrow).copy_(parameter.data)
 
 
 def build_optimizer(

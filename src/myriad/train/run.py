@@ -84,7 +84,8 @@ class TrainConfig(Config):
     """How the arithmetic is done, and when it has failed."""
 
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of products: `auto` is bfloat16 autocast where the hardware multiplies it fast."""
+    """Of products: `auto` is bfloat16 where weights are, and bfloat16 autocast where the hardware multiplies it
+    fast."""
     compile: bool = False
     """Whether every block goes through `torch.compile`."""
     activation_checkpointing: bool = False
@@ -150,6 +151,12 @@ class RunConfig(Config):
             raise ValueError(f"batch: micro-batches of {micro} tokens are not a multiple of model.context = {context}")
         if self.batch.tokens % micro:
             raise ValueError(f"batch.tokens = {self.batch.tokens} is not a multiple of micro_tokens = {micro}")
+        return self
+
+    @model_validator(mode="after")
+    def _products_follow_the_weights(self) -> Self:
+        if self.optim.weights == "bfloat16" and self.train.precision == "float32":
+            raise ValueError("train.precision = float32: with optim.weights = bfloat16, products are in bfloat16, too")
         return self
 
     @model_validator(mode="after")

@@ -27,7 +27,7 @@ from myriad.models.transformer import Block
 from myriad.train.job import Job, read_state, restore
 from myriad.train.logs import append_line
 from myriad.train.loop import Outcome, train
-from myriad.train.optim import build_optimizer, freeze
+from myriad.train.optim import build_optimizer, freeze, hold_weights
 from myriad.train.precision import Precision, resolve_precision
 from myriad.train.record import Display, Metrics, Record, Silent
 from myriad.train.replica import Replica
@@ -142,10 +142,11 @@ def _naming_lack_of_memory(run: RunConfig) -> Iterator[None]:
 
 
 def _lack_of_memory(run: RunConfig) -> RunError:
-    parameters = run.model.cost().parameters
+    parameters, weights = run.model.cost().parameters, run.optim.weights
+    size = 16 if weights == "float32" else 8
     return RunError(
         f"out of memory: the model has {parameters:,} parameters, which with gradients and moments take about "
-        f"{16 * parameters // 10**6:,} MB in float32, and activations more; "
+        f"{size * parameters // 10**6:,} MB in {weights}, and activations more; "
         "a smaller batch.micro_tokens or train.activation_checkpointing=true hold fewer of these"
     )
 
@@ -199,10 +200,12 @@ def _build_job(run: RunConfig, out: Path, store: Store, display: Display, newest
     device = distributed.device()
     torch.manual_seed(run.seed)
     stream = Stream(store.split("train").tokens, run.model.context, run.seed)
-    model = run.model.build().to(device)
-    _apply_run_time_choices(run, model)
     optim = run.optim
+    model = run.model.build()
+    hold_weights(model, optim.weights)
+    model = model.to(device)
     freeze(model, optim.frozen)
+    _apply_run_time_choices(run, model)
     optimizer = build_optimizer(
         model, optim.lr, optim.table_lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
     )
@@ -224,6 +227,8 @@ def _build_job(run: RunConfig, out: Path, store: Store, display: Display, newest
 
 def _precision(run: RunConfig, device: torch.device, newest: Path | None) -> Precision:
     """What was asked for; a resumed run with `auto` keeps what `auto` meant when it began."""
+    if run.optim.weights == "bfloat16":
+        return "bfloat16"
     recorded = read_state(newest).get("precision") if newest is not None else None
     if run.train.precision == "auto" and recorded in ("float32", "bfloat16"):
         return recorded
