@@ -14,7 +14,7 @@ from myriad import ffn, presets
 from myriad.config import validate
 from myriad.train import RunConfig
 
-VERBS = ("train", "eval", "generate", "demo", "presets", "data", "config", "bench", "inspect")
+VERBS = ("train", "eval", "generate", "demo", "presets", "data", "config", "bench", "inspect", "plan")
 
 
 def test_help_answers_in_half_a_second():

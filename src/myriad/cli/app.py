@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from myriad.cli import bench, compare, config, data, demo, evaluate, generate, inspect, mix, presets, pyper, train
+from myriad.cli import bench, compare, config, data, demo, evaluate, generate, inspect, mix, plan, presets, pyper, train
 
 app = typer.Typer(
     help="Language models whose feed-forward layers are mixtures of experts.",
@@ -22,6 +22,7 @@ app.command(name="compare")(compare.compare)
 app.command(name="pyper")(pyper.pyper)
 app.command(name="demo")(demo.demo)
 app.command(name="bench")(bench.bench)
+app.command(name="plan")(plan.plan)
 app.command(name="presets")(presets.presets)
 app.add_typer(data.app, name="data")
 app.add_typer(config.app, name="config")

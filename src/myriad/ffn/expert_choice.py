@@ -21,6 +21,7 @@ from myriad.ffn.balance import Share
 from myriad.ffn.base import FFN, Cost, FFNConfig, FFNOutput, Role, no_loss
 from myriad.ffn.experts import Activation, Experts, expert_width, experts_cost, mix, mix_batched, router_logits
 from myriad.ffn.thresholds import RunningThresholds, Taken, best_of_each, chosen_routing, reaches, take_best
+from myriad.kernels.dry import is_dry
 
 
 @register
@@ -145,8 +146,8 @@ class ExpertChoice(FFN):
         return mix(self.experts, x_TD, ids_TE, scores_TE * chosen_TE, complete=False), chosen_TE
 
     def causal_in_training(self) -> bool:
-        after = self.config.threshold_after
-        return after is not None and int(self.thresholds.steps) >= after
+        after, steps = self.config.threshold_after, self.thresholds.steps
+        return after is not None and not is_dry(steps) and int(steps) >= after
 
     def after_step(self, load: Mapping[str, Tensor]) -> None:
         self.thresholds.after_step(load)

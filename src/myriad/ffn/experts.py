@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from myriad.ffn.base import Cost
+from myriad.kernels.dry import is_dry
 
 Activation = Literal["gelu", "relu", "swiglu"]
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -155,11 +156,12 @@ def group_by_expert(ids_TK: Tensor, experts: int, *, complete: bool = True) -> G
         ids_TK: experts; `experts` itself is none.
         experts: how many there are.
         complete: whether no pair is without an expert. Those without are left out, which a compiled graph,
-            whose shapes are fixed, cannot do: it gives them to the last expert. Their weights must be zero.
+            whose shapes are fixed, and a dry run cannot do: they give them to the last expert. Their weights must
+            be zero.
     """
     ordered_R, pairs_R = ids_TK.flatten().sort(stable=True)
     ends_E = torch.searchsorted(ordered_R, torch.arange(experts, device=ids_TK.device), right=True)
-    if not complete and not torch.compiler.is_compiling():
+    if not complete and not torch.compiler.is_compiling() and not is_dry(ids_TK):
         pairs_R = pairs_R[: int(ends_E[-1])]
     elif not complete:
         ends_E = torch.cat((ends_E[:-1], ends_E.new_full((1,), len(pairs_R))))

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from myriad.kernels.bags import bag_dot, bag_sum, in_full_precision
+from myriad.kernels.dry import is_dry
 from myriad.kernels.registry import computes_directly, register, resolve
 from myriad.kernels.table_gradient import as_sparse, check_ids, sparse_gradient, table_gradient
 
@@ -91,7 +92,7 @@ def expert_lookup(
     if sparse is None:
         sparse = sparse_gradient(ids_TA.shape[0], ids_TA.shape[1], len(down_ND))
     arguments = (x_TD, ids_TA, weights_TA, down_ND, up_ND, gate_ND, activation)
-    if sparse and torch.is_grad_enabled():
+    if sparse and torch.is_grad_enabled() and not is_dry(x_TD):
         return _sparse_lookup(*arguments)
     op = _compute if computes_directly(x_TD, ids_TA, weights_TA, down_ND, up_ND) else torch.ops.myriad.expert_lookup
     return op(*arguments)[0]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from myriad.kernels.bags import bag_dot, bag_sum, in_full_precision
+from myriad.kernels.dry import is_dry
 from myriad.kernels.registry import computes_directly, register, resolve
 from myriad.kernels.table_gradient import as_sparse, check_ids, sparse_gradient, table_gradient
 
@@ -53,7 +54,7 @@ def value_lookup(ids_TA: Tensor, weights_TA: Tensor, values_ND: Tensor, *, spars
         )
     if sparse is None:
         sparse = sparse_gradient(ids_TA.shape[0], ids_TA.shape[1], len(values_ND))
-    if sparse and torch.is_grad_enabled():
+    if sparse and torch.is_grad_enabled() and not is_dry(ids_TA):
         return _sparse_lookup(ids_TA, weights_TA, values_ND)
     op = _compute if computes_directly(ids_TA, weights_TA, values_ND) else torch.ops.myriad.value_lookup
     return op(ids_TA, weights_TA, values_ND)

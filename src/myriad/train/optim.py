@@ -207,7 +207,7 @@ def hold_weights(model: nn.Module, dtype: Weights) -> None:
     """
     if dtype == "bfloat16":
         for parameter in model.parameters():
-            narrow = torch.empty_like(parameter, dtype=torch.bfloat16, requires_grad=False)
+            narrow = torch.empty_like(parameter.data, dtype=torch.bfloat16)
             parameter.data = in_large_pages(narrow).copy_(parameter.data)
 
 
