@@ -61,7 +61,8 @@ CASES = {
     ),
     "peer": (run_of(PEER, 1024), Layout("float32", False, 1)),
     "peer, sparse gradients": (run_of(SPARSE, 1024), Layout("float32", True, 1)),
-    "token choice, products of bfloat16": (run_of(TokenChoiceConfig(), 1024), Layout("bfloat16 products", False, 1)),
+    "dense, products of bfloat16": (run_of(DenseConfig(), 1024), Layout("bfloat16 products", False, 1)),
+    "token choice": (run_of(TokenChoiceConfig(), 1024), Layout("float32", False, 1)),
 }
 QUICK = "dense, checkpointing"
 slow = [pytest.param(name, marks=() if name == QUICK else pytest.mark.slow) for name in CASES]

@@ -32,11 +32,13 @@ class DryStep(NamedTuple):
     """Held between the forward and the backward pass, beyond what was there before: activations, and copies of weights
     that autocast made."""
     gradients: int
-    """Of all parameters; of sparse ones the most that they can be."""
+    """Of matrices and vectors."""
+    tables: int
+    """Gradients of tables; of sparse ones the most that they can be."""
     largest_rows: int
     """Of one table's sparse gradient."""
     peak: int
-    """The most held beyond weights, gradients among it."""
+    """The most held beyond weights and gradients of tables."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -44,7 +46,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = self.largest_rows = 0
+        self.now = self.peak = self.largest_rows = self.tables = 0
         self._held: dict[int, tuple[weakref.ref[Any], int]] = {}
 
     def add(self, tensor: Tensor, size: int | None = None) -> None:
@@ -70,14 +72,18 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def _add_table_gradients(self, ids_TA: Tensor, rows: int, results: tuple[Tensor, ...]) -> None:
-        """A dry run makes all of them dense: count those that would not be as their ids and rows."""
+        """Count gradients of tables apart. A dry run makes all of them dense: those that would be sparse count as
+        their ids and rows."""
         tokens, active = ids_TA.shape
-        if sparse_gradient(tokens, active, rows):
-            for result in results:
-                if result.ndim == 2 and len(result) == rows:
+        for result in results:
+            if result.ndim == 2 and len(result) == rows:
+                self.add(result, 0)
+                if sparse_gradient(tokens, active, rows):
                     size = tokens * active * (result.shape[1] * result.element_size() + 8)
                     self.largest_rows = max(self.largest_rows, size)
-                    self.add(result, size)
+                else:
+                    size = result.nbytes
+                self.tables += size
 
 
 def dry_step(
@@ -108,7 +114,7 @@ def dry_step(
         if with_gradients:
             _make_gradients(model)
         kept = _pass(live, model, torch.zeros(sequences, length, dtype=torch.int64, device=device), precision)
-        return DryStep(kept, live.now - before, live.largest_rows, live.peak - before)
+        return DryStep(kept, live.now - before, live.tables, live.largest_rows, live.peak - before)
 
 
 def _count_only(live: LiveBytes, model: nn.Module) -> int:

@@ -68,14 +68,14 @@ def memory_of(run: RunConfig, layout: Layout, device: torch.device) -> Memory:
         model = _build(run, layout)
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     moments = _moments(model)
-    # Those of tables add up: of dense ones, two are there at once; rows of sparse ones are put one after the other.
-    tables = step.gradients - sum(parameter.nbytes for parameter in _dense(model))
-    waiting = (passes - 1 if step.largest_rows else min(1, passes - 1)) * tables
+    # Gradients of tables count all the time: the CPU's kernels keep their memory from one step to the next; elsewhere
+    # it is the most that they add. Over micro-batches rows are put behind rows.
+    tables = (passes if step.largest_rows else min(2, passes)) * step.tables
     joined = passes * step.largest_rows if passes > 1 else 0
     gathered = 3 * layout.devices * step.largest_rows if layout.devices > 1 else 0
     update = max(_update(model, device), joined, gathered)
-    peak = max(step.peak, step.gradients + update) + waiting
-    return Memory(weights, moments, step.gradients + waiting, step.kept, weights + moments + peak)
+    peak = max(step.peak, step.gradients + update) + tables
+    return Memory(weights, moments, step.gradients + tables, step.kept, weights + moments + peak)
 
 
 def _build(run: RunConfig, layout: Layout) -> LanguageModel:
