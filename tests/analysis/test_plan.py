@@ -16,7 +16,7 @@ from myriad.ffn import DenseConfig, FFNConfig, PEERConfig, TokenChoiceConfig
 from myriad.ffn.dense import Dense
 from myriad.kernels import rounded_adamw
 from myriad.models import LanguageModel, LMOutput, TransformerConfig
-from myriad.train.optim import build_optimizer, hold_weights
+from myriad.train.optim import OptimConfig, build_optimizer, hold_weights
 from myriad.train.precision import autocast
 from myriad.train.run import BatchConfig, BudgetConfig, DataConfig, RunConfig
 from tiny import tiny_model
@@ -127,6 +127,17 @@ def test_moments_are_those_that_the_optimizer_makes():
         optimizer.step()
         made = [state[name].nbytes for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
         assert memory_of(run, Layout(numbers, False, 1), CPU).moments == sum(made)
+
+
+def test_what_is_frozen_has_neither_moments_nor_gradients():
+    run = run_of()
+    frozen = run.model_copy(update={"optim": OptimConfig(frozen=["blocks.0"])})
+    saved = sum(parameter.nbytes for parameter in run.model.build().blocks[0].parameters())
+    layout = Layout("float32", False, 1)
+    all_of_it, rest = memory_of(run, layout, CPU), memory_of(frozen, layout, CPU)
+    assert all_of_it.moments - rest.moments == 2 * saved
+    assert all_of_it.gradients - rest.gradients == pytest.approx(saved, abs=64)
+    assert all_of_it.weights == rest.weights
 
 
 def test_the_rounded_updates_temporaries_are_counted():

@@ -128,7 +128,7 @@ def _count_only(live: LiveBytes, model: nn.Module) -> int:
 def _make_gradients(model: LanguageModel) -> None:
     roles = model.roles()
     for name, parameter in model.named_parameters():
-        if roles[name] != "table":
+        if roles[name] != "table" and parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
 
 

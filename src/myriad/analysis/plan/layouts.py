@@ -9,7 +9,7 @@ from torch import nn
 from myriad.analysis.plan.dry_run import dry_step
 from myriad.kernels.rounded_adamw import CHUNK, LARGE_CHUNK
 from myriad.models import LanguageModel
-from myriad.train.optim import hold_weights
+from myriad.train.optim import freeze, hold_weights
 from myriad.train.run import RunConfig
 
 Numbers = Literal["float32", "bfloat16 products", "bfloat16 weights"]
@@ -81,20 +81,23 @@ def memory_of(run: RunConfig, layout: Layout, device: torch.device) -> Memory:
 def _build(run: RunConfig, layout: Layout) -> LanguageModel:
     model = run.model.build()
     hold_weights(model, "bfloat16" if layout.numbers == "bfloat16 weights" else "float32")
+    freeze(model, run.optim.frozen)
     model.activation_checkpointing = layout.activation_checkpointing
     return model
 
 
 def _dense(model: LanguageModel) -> list[nn.Parameter]:
-    """Matrices and vectors."""
+    """Matrices and vectors that are trained."""
     roles = model.roles()
-    return [parameter for name, parameter in model.named_parameters() if roles[name] != "table"]
+    named = model.named_parameters()
+    return [parameter for name, parameter in named if roles[name] != "table" and parameter.requires_grad]
 
 
 def _moments(model: LanguageModel) -> int:
-    """Of all parameters, tables included: a table has moments for every row from its first step on."""
+    """Of all that is trained, tables included: a table has moments for every row from its first step on."""
     roles = model.roles()
-    return sum(_moment_bytes(roles[name] == "table", parameter) for name, parameter in model.named_parameters())
+    trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+    return sum(_moment_bytes(roles[name] == "table", parameter) for name, parameter in trained)
 
 
 def _moment_bytes(is_table: bool, parameter: nn.Parameter) -> int:
