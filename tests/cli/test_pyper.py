@@ -60,7 +60,7 @@ def test_faults_are_one_line(myriad, texts):
     assert call(myriad, texts).code == 0
     other = call(myriad, texts, "--seed", 1)
     assert other.code == 2
-    assert "holds another comparison (clusters.seed: 1 instead of 0)" in other.err
+    assert "holds another mixture (clusters.seed: 1 instead of 0)" in other.err
     result = myriad("pyper", texts / "00", *SMALL, "--experts", 2, "--out", texts.parent / "two")
     assert result.code == 2
     assert "1 document in train cannot make 2 clusters" in result.err

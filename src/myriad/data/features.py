@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
+from scipy.sparse import csr_array
 
 from myriad.data.store import Split
 
@@ -27,7 +26,7 @@ EXCERPT = 2**13
 """Tokens of an excerpt, at most: a long document gives several."""
 FIT_TOKENS = 2**24
 """Tokens of all excerpts that the features are fitted on: 32 MB of ids, and less than 400 MB of counts."""
-POWER_ITERATIONS, OVERSAMPLING = 5, 10
+POWER_ITERATIONS = 5
 """Of the randomised singular value decomposition (arXiv 0909.4061)."""
 
 
@@ -121,35 +120,28 @@ class Features:
         present_V = np.bincount(counts.tokens, minlength=vocabulary)
         idf_V = (np.log((1 + counts.texts) / (1 + present_V)) + 1).astype(np.float32)
         idf_V[end_id] = 0
-        return cls(idf_V, _right_singular_vectors(_weigh(counts, idf_V), features, seed).numpy())
+        return cls(idf_V, _right_singular_vectors(_weigh(counts, idf_V), min(features, counts.texts, vocabulary), seed))
 
     def of(self, counts: Counts) -> np.ndarray:
         """The features of texts, (N, R) float32, each of length 1; those of an empty text are 0."""
-        x_NR = torch.sparse.mm(_weigh(counts, self.idf_V), torch.from_numpy(self.components_RV).T.contiguous())
-        return torch.nn.functional.normalize(x_NR, dim=1).numpy()
+        return _normalized(_weigh(counts, self.idf_V) @ self.components_RV.T)
 
 
-def _weigh(counts: Counts, idf_V: np.ndarray) -> Tensor:
-    """The normalised TF-IDF vectors of texts, a sparse (N, V)."""
+def _weigh(counts: Counts, idf_V: np.ndarray) -> csr_array:
+    """The normalised TF-IDF vectors of texts, (N, V)."""
     values = counts.counts * idf_V[counts.tokens]
     squares_N = np.bincount(counts.rows, values.astype(np.float64) ** 2, minlength=counts.texts)
-    values = values / np.sqrt(np.maximum(squares_N, 1e-24))[counts.rows]
-    places = torch.from_numpy(np.stack([counts.rows, counts.tokens]))
-    size = (counts.texts, len(idf_V))
-    weights = torch.from_numpy(values.astype(np.float32))
-    return torch.sparse_coo_tensor(places, weights, size, check_invariants=False, is_coalesced=True)
+    values = (values / np.sqrt(np.maximum(squares_N, 1e-24))[counts.rows]).astype(np.float32)
+    return csr_array((values, (counts.rows, counts.tokens)), shape=(counts.texts, len(idf_V)))
 
 
-def _right_singular_vectors(x_NV: Tensor, most: int, seed: int) -> Tensor:
-    """The first `most` of a sparse matrix, (R, V), by random projection and power iterations; signs are fixed."""
-    most = min(most, *x_NV.shape)
-    width = min(most + OVERSAMPLING, *x_NV.shape)
-    x_VN = x_NV.t().coalesce()
-    basis = torch.randn(x_NV.shape[1], width, generator=torch.Generator().manual_seed(seed))
-    for _ in range(POWER_ITERATIONS):
-        basis_NW = torch.linalg.qr(torch.sparse.mm(x_NV, basis)).Q
-        basis = torch.linalg.qr(torch.sparse.mm(x_VN, basis_NW)).Q
-    _, _, rotation = torch.linalg.svd(torch.sparse.mm(x_NV, basis), full_matrices=False)
-    vectors_RV = (rotation[:most] @ basis.T).contiguous()
-    largest_R = vectors_RV.abs().argmax(dim=1, keepdim=True)
-    return vectors_RV * vectors_RV.gather(1, largest_R).sign()
+def _normalized(x_NR: np.ndarray) -> np.ndarray:
+    return x_NR / np.maximum(np.linalg.norm(x_NR, axis=1, keepdims=True), 1e-12)
+
+
+def _right_singular_vectors(x_NV: csr_array, number: int, seed: int) -> np.ndarray:
+    """The first so many of a sparse matrix, (R, V)."""
+    from sklearn.decomposition import TruncatedSVD  # a second of imports, for fitting alone
+
+    svd = TruncatedSVD(number, n_iter=POWER_ITERATIONS, random_state=seed)
+    return np.asarray(svd.fit(x_NV).components_, np.float32)

@@ -4,10 +4,11 @@ Legend: `N` points, `R` their width, `C` clusters.
 """
 
 import math
+import warnings
 
 import numpy as np
 
-RESTARTS, ROUNDS = 4, 100
+RESTARTS = 4
 BALANCED_ROUNDS = 10
 CHUNK = 2**16
 """Points whose choices are held as Python's numbers at once."""
@@ -20,34 +21,16 @@ def squared_distances(points_NR: np.ndarray, centers_CR: np.ndarray) -> np.ndarr
 
 
 def kmeans(points_NR: np.ndarray, clusters: int, seed: int) -> np.ndarray:
-    """Centers (C, R) of Lloyd's algorithm from k-means++ starts: the best of some restarts."""
-    random = np.random.default_rng(seed)
-    tries = [_lloyd(points_NR, _spread(points_NR, clusters, random)) for _ in range(RESTARTS)]
-    return min(tries, key=lambda found: found[1])[0]
+    """Centers (C, R) of scikit-learn's k-means, the best of some starts; the same bits each time."""
+    from sklearn.cluster import KMeans  # a second of imports, for fitting alone
+    from sklearn.exceptions import ConvergenceWarning
+    from threadpoolctl import threadpool_limits
 
-
-def _spread(points_NR: np.ndarray, clusters: int, random: np.random.Generator) -> np.ndarray:
-    """Starts by k-means++: each is a point drawn by its squared distance to the nearest one so far."""
-    chosen = [int(random.integers(len(points_NR)))]
-    nearest_N = squared_distances(points_NR, points_NR[chosen])[:, 0].astype(np.float64)
-    while len(chosen) < clusters:
-        total = nearest_N.sum()
-        share = nearest_N / total if total > 0 else None  # None: fewer different points than clusters
-        chosen.append(int(random.choice(len(points_NR), p=share)))
-        nearest_N = np.minimum(nearest_N, squared_distances(points_NR, points_NR[chosen[-1:]])[:, 0])
-    return points_NR[chosen]
-
-
-def _lloyd(points_NR: np.ndarray, centers_CR: np.ndarray) -> tuple[np.ndarray, float]:
-    """The centers at rest, and the sum of squared distances to them."""
-    before_N = None
-    for _ in range(ROUNDS):
-        distances_NC = squared_distances(points_NR, centers_CR)
-        nearest_N = distances_NC.argmin(1)
-        if before_N is not None and np.array_equal(nearest_N, before_N):
-            break
-        centers_CR, before_N = means(points_NR, nearest_N, centers_CR), nearest_N
-    return centers_CR, float(squared_distances(points_NR, centers_CR).min(1).sum(dtype=np.float64))
+    # Several threads add up in the order in which they finish. Fewer points than clusters are no fault.
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        found = KMeans(clusters, n_init=RESTARTS, random_state=seed).fit(points_NR)  # pyright: ignore[reportArgumentType]
+        return found.cluster_centers_
 
 
 def means(points_NR: np.ndarray, clusters_N: np.ndarray, before_CR: np.ndarray) -> np.ndarray:
