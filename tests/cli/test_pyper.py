@@ -56,6 +56,14 @@ def test_a_killed_one_goes_on(myriad, texts, monkeypatch):
     assert "finished before" in result.err
 
 
+def test_experts_that_choose_are_refused_before_anything_is_made(myriad, texts):
+    result = call(myriad, texts, "--routing", "expert_choice")
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith("myriad: --routing: expert_choice mixes experts grown from one seed model")
+    assert result.err.endswith("use posterior\n")
+    assert not (texts.parent / "out").exists()
+
+
 def test_faults_are_one_line(myriad, texts):
     assert call(myriad, texts).code == 0
     other = call(myriad, texts, "--seed", 1)

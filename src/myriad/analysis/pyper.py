@@ -14,7 +14,9 @@ What is finished is skipped, what is not goes on.
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Self
+
+from pydantic import model_validator
 
 from myriad.analysis.compare.conduct import Board, HeldOut, finish, write, write_plan
 from myriad.analysis.compare.plan import FolderPlan, Trial
@@ -25,7 +27,7 @@ from myriad.data.cluster import cluster
 from myriad.data.clusters import ClusterOptions, Clusters
 from myriad.data.store import Store
 from myriad.evaluate import Perplexity
-from myriad.models import ExpertRouting
+from myriad.models import ExpertChoiceRouting, ExpertRouting
 from myriad.train import RunConfig
 from myriad.train.mix import mix
 from myriad.train.run import BudgetConfig, DataConfig
@@ -44,6 +46,15 @@ class PyperPlan(FolderPlan):
     clusters: ClusterOptions
     routing: ExpertRouting
     """Of the mixture."""
+
+    @model_validator(mode="after")
+    def _experts_apart(self) -> Self:
+        if isinstance(self.routing, ExpertChoiceRouting):
+            raise ConfigError(
+                "--routing: expert_choice mixes experts grown from one seed model, and these are trained from scratch; "
+                "use posterior"
+            )
+        return self
 
 
 class Figures(Config):

@@ -24,7 +24,7 @@ def pyper(
     out: Path = typer.Option(help="Where to put everything. Called again, it goes on where it stopped."),
     experts: int = typer.Option(8, help="How many, each trained on a cluster of its own."),
     preset: str = typer.Option("pyper-expert", help="How an expert is trained: a preset or a config file."),
-    routing: str = typer.Option("posterior", help="How a text is shared among them: posterior, cluster."),
+    routing: str = typer.Option("posterior", help="How a text is shared among them: posterior or cluster."),
     seed: int = typer.Option(0, help="Of the clusters; each run has its own, `seed`."),
     kernels: str = typer.Option(None, help="auto, reference, ...; default: as before when resuming, else auto."),
     quiet: bool = typer.Option(False, "--quiet", help="Show no progress."),
