@@ -65,6 +65,21 @@ class Figures(Config):
     found: dict[str, HeldOut] = {}
 
 
+class Assembled(NamedTuple):
+    """A mixture that is finished, of experts that are measured."""
+
+    store: Store
+    clusters: Clusters
+    split: str
+    """That of the held-out text."""
+    trials: list[Trial]
+    """An expert's training each."""
+    own: list[Perplexity]
+    """Each expert on its own domain."""
+    parts: list[Path]
+    """The domains' stores."""
+
+
 class Made(NamedTuple):
     """A mixture that is finished and measured."""
 
@@ -93,6 +108,20 @@ def make(plan: PyperPlan, out: Path, board: Board, kernel: str | None = None) ->
         MyriadError: the data cannot be clustered, an expert not be trained, or the figures not be taken.
         Stopped: a signal stopped a run, which is saved.
     """
+    store, clusters, split, trials, own, parts = assemble(plan, out, board, kernel)
+    measure = Measuring(out, split, board.begin(None).note)
+    return Made(
+        clusters=clusters,
+        split=split,
+        own=own,
+        whole=[measure(out / EXPERTS / trial.name, store.path) for trial in trials],
+        mixed=[measure(out / MIXTURE, part) for part in parts],
+        mixture=measure(out / MIXTURE, store.path),
+    )
+
+
+def assemble(plan: PyperPlan, out: Path, board: Board, kernel: str | None) -> Assembled:
+    """Cluster, train and measure each expert on its cluster, and mix; arguments and errors as those of `make`."""
     write_plan(out, plan)
     display = board.begin(None)
     store = Store.open(ensure_store(plan.run.data, out / EXPERTS, display))
@@ -100,26 +129,25 @@ def make(plan: PyperPlan, out: Path, board: Board, kernel: str | None = None) ->
     split = "test" if all("test" in part.index.splits for part in clusters.stores()) else "validation"
     trials = [_trial(plan, clusters, number) for number in range(plan.clusters.clusters)]
     board.expect(trials)
-    outcomes = [finish(trial, out / EXPERTS, board, split, kernel) for trial in trials]
-    own: list[Perplexity] = []
-    for trial, outcome in zip(trials, outcomes, strict=True):
-        if outcome.held_out is None:
-            raise ConfigError(f"{out / EXPERTS / trial.name}: {outcome.diverged}")
-        own.append(outcome.held_out.perplexity)
+    own = [finished(trial, out / EXPERTS, board, split, kernel) for trial in trials]
     runs = [out / EXPERTS / trial.name for trial in trials]
     if not (out / MIXTURE).exists():
         display.note(f"mixing {len(runs)} experts in {out / MIXTURE}")
         mix(runs, out / MIXTURE, plan.routing, clusters=clusters, data=store.path)
-    measure = _Measuring(out, split, display.note)
     parts = [clusters.store_path(number) for number in range(len(runs))]
-    return Made(
-        clusters=clusters,
-        split=split,
-        own=own,
-        whole=[measure(run, store.path) for run in runs],
-        mixed=[measure(out / MIXTURE, part) for part in parts],
-        mixture=measure(out / MIXTURE, store.path),
-    )
+    return Assembled(store, clusters, split, trials, own, parts)
+
+
+def finished(trial: Trial, runs: Path, board: Board, split: str, kernel: str | None) -> Perplexity:
+    """What a run that is brought to its end makes of its own held-out text.
+
+    Raises:
+        ConfigError: it diverged.
+    """
+    outcome = finish(trial, runs, board, split, kernel)
+    if outcome.held_out is None:
+        raise ConfigError(f"{runs / trial.name}: {outcome.diverged}")
+    return outcome.held_out.perplexity
 
 
 def _cluster(plan: PyperPlan, store: Store, out: Path, note: Callable[[str], None]) -> Clusters:
@@ -148,7 +176,7 @@ def _trial(plan: PyperPlan, clusters: Clusters, number: int) -> Trial:
     return Trial("expert", str(number), run.model_copy(update=changes), 1.0, None)
 
 
-class _Measuring:
+class Measuring:
     """Measures models on stores, each pair once."""
 
     def __init__(self, out: Path, split: str, note: Callable[[str], None]):
@@ -159,10 +187,16 @@ class _Measuring:
             recorded = validate(Figures, read_json(out / FIGURES))
             self._figures = recorded if recorded.mixture == mixture else self._figures
 
-    def __call__(self, run: Path, store: Path) -> Perplexity:
-        name = f"{run.name} on {store.name}"
+    def __call__(self, run: Path, store: Path, named: str | None = None) -> Perplexity:
+        """What a run makes of a store.
+
+        Args:
+            named: what the record calls the run; None: by its folder. A name stands for the same weights forever:
+                those of experts are told by the mixture's digest.
+        """
+        name = f"{named or run.name} on {store.name}"
         if name not in self._figures.found:
-            self._note(f"measuring {name}")
+            self._note(f"measuring {run.name} on {store.name}")
             context = read_config(intact_folder(run)).context
             found = measure_run(run, store, self._split, stride=context).perplexity
             held_out = HeldOut(split=self._split, **found._asdict())

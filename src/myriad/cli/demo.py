@@ -1,4 +1,4 @@
-"""`myriad demo`: the main job on an embedded corpus, from text to a report.
+"""`myriad demo`: the main job on an embedded corpus, from text to a report; `myriad demo pyper`: a mixture's.
 
 Prepares the Python standard library's own sources, trains a small PEER model and its dense twin of equal FLOPs
 per token, evaluates both on held-out text, samples, and writes `report.html` and `curves.png`.
@@ -21,15 +21,29 @@ CONTENDERS = {"PEER": "demo-peer", "dense": "demo-dense"}
 HELD_OUT = "test"
 PROMPTS = ("def ", "import os\n\n", "class Parser:\n    ")
 USAGE_TOKENS = 32_768
+PYPER = "pyper"
 
 
 def demo(
-    out: Path = typer.Option(Path("runs/demo"), help="Where to put the runs and the report."),
-    overrides: list[str] = typer.Argument(
-        None, metavar="[key.path=value ...]", help="Settings to change in both runs, such as budget.tokens=2e6."
+    out: Path = typer.Option(None, help="Where to put everything. Default: runs/demo or runs/demo-pyper."),
+    words: list[str] = typer.Argument(
+        None,
+        metavar="[pyper] [key.path=value ...]",
+        help="Settings to change in all runs, such as budget.tokens=2e6. After `pyper`: those of a mixture of eight "
+        "transformers and a dense model of the same training compute.",
     ),
 ) -> None:
     """Train PEER against a dense twin on the standard library's sources, and report. Resumes if interrupted."""
+    first, *rest = words or [""]
+    if first == PYPER:
+        from myriad.cli.demo_pyper import demo_pyper
+
+        demo_pyper(out or Path("runs/demo-pyper"), rest)
+    else:
+        _demo(out or Path("runs/demo"), words)
+
+
+def _demo(out: Path, overrides: list[str]) -> None:
     import time
 
     from myriad.analysis.curve import LearningCurve

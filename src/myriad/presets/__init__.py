@@ -22,6 +22,7 @@ _PRESETS: dict[str, Callable[[], RunConfig]] = {
     "enwik8-dense": enwik8.dense,
     "pyper-demo": pyper.demo,
     "pyper-expert": pyper.expert,
+    "pyper-demo-expert": pyper.demo_expert,
     "pyper-8x1.5b": pyper.eight,
     "pyper-expert-1.5b": pyper.expert_large,
 }

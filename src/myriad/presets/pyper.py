@@ -63,6 +63,14 @@ def expert() -> RunConfig:
     return _small_run(model, BudgetConfig(epochs=3), EarlyStoppingConfig(patience=3))
 
 
+def demo_expert() -> RunConfig:
+    """One of the eight experts of `myriad demo pyper`: two blocks, on classes and functions of the standard library."""
+    run = _small_run(SMALL, BudgetConfig(tokens=160_000), EarlyStoppingConfig())
+    data = run.data.model_copy(update={"document_start": r"^(class|def|async def|@|if __name__)"})
+    evaluation = EvaluationConfig(every=80, tokens=8192)
+    return run.model_copy(update={"data": data, "batch": BatchConfig(tokens=1024), "evaluation": evaluation})
+
+
 def eight() -> RunConfig:
     """Eight experts of 1.5 B parameters that choose their tokens, 12 B in all, on WikiText-103 with GPT-2's tokens."""
     return _large_run(TransformerExpertsConfig(context=2048, experts=8, expert=LARGE, routing=ExpertChoiceRouting()))
