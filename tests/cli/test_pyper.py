@@ -1,11 +1,15 @@
 """`myriad pyper`: text in, a mixture out; called again, it goes on."""
 
 import json
+import signal
+import time
 
 import pytest
+from forking import Server
 
-from myriad.checkpoint import load
+from myriad.checkpoint import load, read_json
 from myriad.train import session
+from myriad.train.record import CLOCK_FIELDS, read_records
 
 SMALL = ["model.layers=1", "model.d_model=16", "model.heads=2", "model.context=32", "batch.tokens=128"]
 SMALL += ["budget.steps=12", "evaluation.every=6", "data.tokenizer=bytes", "data.validation=0.2"]
@@ -54,6 +58,41 @@ def test_a_killed_one_goes_on(myriad, texts, monkeypatch):
     result = call(myriad, texts)
     assert result.code == 0, result.err
     assert "finished before" in result.err
+
+
+@pytest.fixture
+def server(tmp_path):
+    (tmp_path / "said").mkdir()
+    server = Server(tmp_path / "said")
+    yield server
+    server.close()
+
+
+def test_one_that_ctrl_c_stopped_amid_an_expert_goes_on_to_the_same_figures(server, texts):
+    words = ["pyper", texts, *SMALL, "budget.steps=40", "checkpoint.every=3", "--experts", 2, "--out"]
+    undisturbed, out = texts.parent / "undisturbed", texts.parent / "out"
+    assert server.run(*words, undisturbed).code == 0
+    process = server.start(*words, out)
+    second = out / "experts" / "expert-1" / "metrics.jsonl"
+    until = time.monotonic() + 120
+    while not [*read_records(second)]:
+        assert time.monotonic() < until
+        time.sleep(0.002)
+    process.send(signal.SIGINT)
+    stopped = process.wait()
+    assert stopped.code == 0, stopped.err
+    assert f"{second.parent}: saved (SIGINT at step " in stopped.out
+    assert "; to continue: myriad pyper " in stopped.out
+    assert max(record["step"] for record in read_records(second)) < 40
+    assert not (out / "mixture").exists()
+    result = server.run(*words, out)
+    assert result.code == 0, result.err
+    assert read_json(out / "figures.json")["found"] == read_json(undisturbed / "figures.json")["found"]
+    assert told(second) == told(undisturbed / "experts" / "expert-1" / "metrics.jsonl")
+
+
+def told(metrics):
+    return [{name: record[name] for name in record.keys() - CLOCK_FIELDS} for record in read_records(metrics)]
 
 
 def test_experts_that_choose_are_refused_before_anything_is_made(myriad, texts):
