@@ -21,7 +21,7 @@ from myriad.cli import main
 from myriad.ffn import FFNConfig
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "docs/tour.md", "docs/data.md"]
+PAGES = ["README.md", "docs/tour.md", "docs/data.md", "docs/pyper.md"]
 LAYERS = [f"docs/{name}.md" for name in ("dense", "expert_choice", "product_key_memory", "stack", "token_choice")]
 """Pages of one layer each: code alone."""
 
