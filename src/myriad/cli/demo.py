@@ -33,7 +33,8 @@ def demo(
         "transformers and a dense model of the same training compute.",
     ),
 ) -> None:
-    """Train PEER against a dense twin on the standard library's sources, and report. Resumes if interrupted."""
+    """Train PEER against a dense twin on the standard library's sources, and report; or, after the word `pyper`, mix
+    eight transformers that are trained apart, beside a dense one. Resumes if interrupted."""
     first, *rest = words or [""]
     if first == PYPER:
         from myriad.cli.demo_pyper import demo_pyper
