@@ -4,9 +4,12 @@ import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as the command line does, before torch is loaded
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
+from forking import Server
 from myriad.data.prepare import Recipe, prepare
 from myriad.data.store import Store
 
@@ -29,3 +32,11 @@ def store(tmp_path_factory: pytest.TempPathFactory, text: str) -> Store:
     folder = tmp_path_factory.mktemp("data")
     (folder / "text.txt").write_text(text)
     return prepare(Recipe(source=folder / "text.txt", tokenizer="bytes"), folder / "store")
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Starts commands in processes of their own."""
+    server = Server(tmp_path_factory.mktemp("said"))
+    yield server
+    server.close()

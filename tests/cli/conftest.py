@@ -1,6 +1,7 @@
 """Fixtures of the command line's tests."""
 
 import pytest
+
 from calling import Caller
 
 

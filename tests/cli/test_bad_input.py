@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from calling import Result, call_in_a_fresh_process
 
+from calling import Result, call_in_a_fresh_process
 from myriad import checkpoint
 from myriad.data.prepare import Recipe, prepare
 from myriad.data.store import Store

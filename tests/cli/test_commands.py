@@ -7,9 +7,9 @@ import time
 
 import pytest
 import yaml
-from calling import call_in_a_fresh_process
 
 import myriad as package
+from calling import call_in_a_fresh_process
 from myriad import ffn, presets
 from myriad.config import validate
 from myriad.train import RunConfig

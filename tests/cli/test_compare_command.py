@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from calling import Result
 
+from calling import Result
 from myriad import presets
 from myriad.analysis.compare import conduct
 from myriad.cli import main

@@ -16,21 +16,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from calling import Result
 from forking import Forked, Server
-
 from myriad import checkpoint, cli
 from myriad.train.record import CLOCK_FIELDS, read_records
 from tiny import tiny_model
 
 STEPS = 24
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("said"))
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

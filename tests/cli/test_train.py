@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from calling import call_in_a_fresh_process
 
+from calling import call_in_a_fresh_process
 from myriad import checkpoint, presets
 from myriad.data.store import Store
 from myriad.train import fit

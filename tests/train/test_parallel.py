@@ -1,4 +1,4 @@
-"""Several processes under torchrun give the run that one gives, and end together."""
+"""Several processes give the run that one gives, and end together: under torchrun, or started as it starts them."""
 
 import json
 import os
@@ -6,12 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from calling import Result
+from forking import Ranks, Server
 from myriad.checkpoint import list_checkpoints, load
 from myriad.data.store import Store
 from myriad.ffn import DenseConfig, ExpertChoiceConfig, PEERConfig, StackConfig, TableConfig, TokenChoiceConfig
@@ -43,26 +46,31 @@ def config(store, tmp_path_factory) -> Path:
     return path
 
 
-def launch(processes: int, *words: object) -> subprocess.Popen:
+def torchrun(processes: int, *words: object) -> subprocess.Popen:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    if processes > 1:
-        launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]  # a free port: tests run side by side
+    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]  # a free port: tests run side by side
     command = [*launcher, "-m", "myriad", "train", *map(str, words)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True
-    )
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
 
 
-def finish(process: subprocess.Popen) -> tuple[int, str, list[str]]:
-    """The exit code, what was written to stdout, and the lines that Myriad wrote to stderr."""
+def finish(process: subprocess.Popen) -> str:
+    """What a launcher that must succeed wrote to stdout."""
     out, error = process.communicate(timeout=300)
-    return process.returncode, out, [line for line in error.splitlines() if line.startswith("myriad:")]
-
-
-def run_to_the_end(processes: int, *words: object) -> str:
-    code, out, said = finish(launch(processes, *words))
-    assert (code, said) == (0, [])
+    assert process.returncode == 0, error
+    assert "myriad:" not in error
     return out
+
+
+def said(results: list[Result]) -> list[str]:
+    """The lines that Myriad wrote to stderr."""
+    return [line for result in results for line in result.err.splitlines() if line.startswith("myriad:")]
+
+
+def run_to_the_end(server: Server, processes: int, *words: object) -> str:
+    results = Ranks(server, processes, "train", *words).wait()
+    assert [result.code for result in results] == [0] * processes, results
+    assert said(results) == []
+    return "".join(result.out for result in results)
 
 
 def figures(run: Path) -> list[dict]:
@@ -80,11 +88,12 @@ def assert_close(run: Path, reference: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(config, tmp_path_factory) -> dict[int, Path]:
-    """The run made by one, two and four processes."""
+def runs(server, config, tmp_path_factory) -> dict[int, Path]:
+    """The run made by one, two (under torchrun) and four processes."""
     folder = tmp_path_factory.mktemp("runs")
     for processes in (1, 2, 4):
-        out = run_to_the_end(processes, config, f"out={folder / str(processes)}")
+        words = (config, f"out={folder / str(processes)}")
+        out = finish(torchrun(2, *words)) if processes == 2 else run_to_the_end(server, processes, *words)
         assert out.count("finished after step 12") == 1
     return {processes: folder / str(processes) for processes in (1, 2, 4)}
 
@@ -95,7 +104,7 @@ def test_many_processes_give_the_losses_of_one(runs, processes):
     assert len(figures(runs[1])) == 12 + 3
 
 
-def test_experts_choose_in_every_process_as_they_do_in_micro_batches_of_one(store, tmp_path):
+def test_experts_choose_in_every_process_as_they_do_in_micro_batches_of_one(server, store, tmp_path):
     """With a window at a time in each process: what is computed at once is then the same windows."""
     model = tiny_model(layers=1, ffns={"experts": ExpertChoiceConfig(experts=4, d_expert=16)}, pattern=["experts"])
     context = model.context
@@ -103,7 +112,7 @@ def test_experts_choose_in_every_process_as_they_do_in_micro_batches_of_one(stor
     fit(run, tmp_path / "one")
     (tmp_path / "config.yaml").write_text(run.to_yaml())
     two = [f"batch.micro_tokens={2 * context}", f"out={tmp_path / 'two'}"]
-    run_to_the_end(2, tmp_path / "config.yaml", *two)
+    run_to_the_end(server, 2, tmp_path / "config.yaml", *two)
     assert_close(tmp_path / "two", tmp_path / "one")
     mine, theirs = (load(tmp_path / name).blocks[0].ffn.thresholds for name in ("two", "one"))
     assert mine.steps == theirs.steps
@@ -132,95 +141,85 @@ def test_only_the_first_process_writes(runs):
     assert [path.name for path in list_checkpoints(runs[4])] == [path.name for path in list_checkpoints(runs[1])]
 
 
-def test_one_process_prepares_the_data_for_all(config, text, tmp_path):
+def test_one_process_prepares_the_data_for_all(server, config, text, tmp_path):
     (tmp_path / "text.txt").write_text(text)
     out = tmp_path / "runs" / "one"
-    run_to_the_end(2, config, f"out={out}", f"data.source={tmp_path / 'text.txt'}", "budget.steps=2")
+    run_to_the_end(server, 2, config, f"out={out}", f"data.source={tmp_path / 'text.txt'}", "budget.steps=2")
     (store,) = (path for path in (tmp_path / "runs" / "data").iterdir() if not path.name.startswith("."))
     assert Store.open(store)
     assert figures(out)[-1]["step"] == 2
 
 
-def test_a_run_stopped_and_continued_gives_the_bits_of_one_that_was_not(runs, config, tmp_path):
+def test_a_run_stopped_and_continued_gives_the_bits_of_one_that_was_not(server, runs, config, tmp_path):
     out = tmp_path / "run"
-    process = launch(4, config, f"out={out}", "checkpoint.every=3", "evaluation.every=4")
-    wait_for_step(process, out, 3)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    run_to_the_end(4, out, "--resume")
+    ranks = Ranks(server, 4, "train", config, f"out={out}", "checkpoint.every=3", "evaluation.every=4")
+    wait_for_step(out, 3)
+    for process in ranks.processes:
+        process.send(signal.SIGKILL)
+    assert [result.code for result in ranks.wait()] == [-signal.SIGKILL] * 4
+    run_to_the_end(server, 4, out, "--resume")
     assert figures(out) == figures(runs[4])
     assert (out / "model.safetensors").read_bytes() == (runs[4] / "model.safetensors").read_bytes()
 
 
-def test_another_number_of_processes_continues_the_same_stream(runs, config, tmp_path):
+def test_another_number_of_processes_continues_the_same_stream(server, runs, config, tmp_path):
     out = tmp_path / "run"
-    run_to_the_end(2, config, f"out={out}", "early_stopping.patience=1", "early_stopping.min_delta=100")
+    run_to_the_end(server, 2, config, f"out={out}", "early_stopping.patience=1", "early_stopping.min_delta=100")
     stopped = figures(out)[-1]["step"]
     assert stopped < 12
-    run_to_the_end(1, out, "--resume", "early_stopping.patience=null", "early_stopping.min_delta=0")
+    run_to_the_end(server, 1, out, "--resume", "early_stopping.patience=null", "early_stopping.min_delta=0")
     assert_close(out, runs[1])
 
 
-def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
+def wait_for_step(run: Path, step: int, ended: Callable[[], object] = lambda: None) -> None:
     until = time.monotonic() + 120
     while max((record["step"] for record in figures(run)), default=0) < step:
-        assert process.poll() is None, process.communicate()
+        assert ended() is None
         assert time.monotonic() < until
         time.sleep(0.01)
 
 
-def rank_of(pid: int) -> str | None:
-    try:
-        words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:
-        return None
-    return next((word[5:].decode() for word in words if word.startswith(b"RANK=")), None)
-
-
-def worker(launcher: subprocess.Popen, rank: int) -> int:
-    """The process id of a rank."""
-    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    return next(int(pid) for pid in children if rank_of(int(pid)) == str(rank))
-
-
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux's /proc to find a rank's process")
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_dies_takes_the_others_down_with_one_line(config, tmp_path, rank):
+def test_a_rank_that_dies_takes_the_others_down_with_one_line(server, config, tmp_path, rank):
     out = tmp_path / "run"
-    process = launch(2, config, f"out={out}", "budget.steps=100000", "evaluation.every=5")
-    wait_for_step(process, out, 7)
-    os.kill(worker(process, rank), signal.SIGKILL)
+    ranks = Ranks(server, 2, "train", config, f"out={out}", "budget.steps=100000", "evaluation.every=5")
+    wait_for_step(out, 7)
+    ranks.processes[rank].send(signal.SIGKILL)
     started = time.monotonic()
-    code, _, said = finish(process)
-    assert code != 0
+    results = ranks.wait()
     assert time.monotonic() - started < 60
-    assert len(said) <= 1  # torchrun may end a process before it notices
-    assert all("another process of this run has ended" in line for line in said)
+    assert results[rank].code == -signal.SIGKILL
+    assert results[1 - rank].code == 1
+    (line,) = said(results)
+    assert "another process of this run has ended" in line
     assert list_checkpoints(out)
 
 
 def test_a_signal_stops_every_process_at_the_same_step(config, tmp_path):
     out = tmp_path / "run"
-    process = launch(2, config, f"out={out}", "budget.steps=100000", "evaluation.every=100000")
-    wait_for_step(process, out, 3)
+    process = torchrun(2, config, f"out={out}", "budget.steps=100000", "evaluation.every=100000")
+    wait_for_step(out, 3, process.poll)
     process.send_signal(signal.SIGTERM)
-    _, said, _ = finish(process)
-    assert f"{out}: saved (SIGTERM at step" in said
-    assert "--nproc-per-node 2 -m myriad train" in said
+    told = process.communicate(timeout=300)[0]
+    assert f"{out}: saved (SIGTERM at step" in told
+    assert "--nproc-per-node 2 -m myriad train" in told
     assert int(list_checkpoints(out)[-1].name) == figures(out)[-1]["step"]
 
 
-def test_faults_are_told_once(config, tmp_path):
-    for words, expected in [
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
         (
             ["batch.micro_tokens=32"],
             "1 sequences computed at once (32 tokens at a context of 32) cannot be shared by 2",
         ),
         (["optim.lr=fast"], "optim.lr: expected a valid number"),
         (["data.path=nowhere"], "nowhere"),
-    ]:
-        code, _, said = finish(launch(2, config, f"out={tmp_path / 'run'}", *words))
-        assert code != 0
-        assert len(said) == 1, said
-        assert expected in said[0]
+    ],
+)
+def test_faults_are_told_once(server, config, tmp_path, words, expected):
+    results = Ranks(server, 2, "train", config, f"out={tmp_path / 'run'}", *words).wait()
+    assert all(result.code for result in results)
+    (line,) = said(results)
+    assert expected in line
     assert not (tmp_path / "run").exists()

@@ -1,6 +1,7 @@
 """The command in many processes, quickly: forks of one process that has loaded all that the command needs.
 
 A fork can have a limit on the size of files, or lack the rights by which root writes everywhere, and takes signals.
+Several can be the ranks of one run.
 """
 
 import json
@@ -11,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from torch.distributed import TCPStore
 
 from calling import Result
 
@@ -43,6 +46,7 @@ def command(order):
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["largest"], order["largest"]))
     if order["plain"]:
         renounce_rights()
+    os.environ.update(order["environment"])
     sys.argv = ["myriad", *order["words"]]
     code = 0
     try:
@@ -74,7 +78,8 @@ class Forked:
 
     def __init__(self, server: "Server", words: tuple[object, ...], folder: Path, **options: Any) -> None:
         self._server, self._folder = server, folder
-        order = {"words": [str(word) for word in words], "folder": str(folder), "largest": None, "plain": False}
+        order = {"words": [str(word) for word in words], "folder": str(folder)}
+        order |= {"environment": {}, "largest": None, "plain": False}
         self.pid = server.ask(order | options)
         self._result: Result | None = None
         until = time.monotonic() + 60
@@ -115,7 +120,8 @@ class Server:
         return int(self._process.stdout.readline())
 
     def start(self, *words: object, **options: Any) -> Forked:
-        """Start a command; `largest`: of bytes in a file; `plain`: without root's rights."""
+        """Start a command; `environment`: what is added to it; `largest`: of bytes in a file; `plain`: without root's
+        rights."""
         self._count += 1
         folder = self._folder / str(self._count)
         folder.mkdir()
@@ -126,3 +132,19 @@ class Server:
 
     def close(self) -> None:
         self._process.communicate()
+
+
+class Ranks:
+    """The processes of one run, as torchrun starts them, but that it ends none of them."""
+
+    def __init__(self, server: Server, count: int, *words: object) -> None:
+        self._store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        told = {"MASTER_ADDR": "localhost", "MASTER_PORT": self._store.port, "WORLD_SIZE": count}
+        told |= {"LOCAL_WORLD_SIZE": count, "TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
+        self.processes = []
+        for rank in range(count):
+            environment = {name: str(value) for name, value in (told | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+            self.processes.append(server.start(*words, environment=environment))
+
+    def wait(self) -> list[Result]:
+        return [process.wait() for process in self.processes]
