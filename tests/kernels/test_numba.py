@@ -19,7 +19,7 @@ from myriad.kernels.cpu import memory, simd, table_gradient, threads
 from myriad.kernels.cpu.table_gradient import bounds_of_pieces, segments
 
 numba_product_key = importlib.import_module("myriad.kernels.cpu.product_key")
-quick = settings(deadline=None, max_examples=60)
+quick = settings(deadline=None, max_examples=40)
 dtypes = st.sampled_from([torch.float32, torch.bfloat16])
 
 
@@ -161,7 +161,7 @@ class TestProductKey:
         assert (ids.sort(dim=-1).values.diff(dim=-1) > 0).all()
         assert (scores.diff(dim=-1) <= 0).all()
 
-    @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(
         tokens=st.integers(0, 70),
         heads=st.integers(1, 3),

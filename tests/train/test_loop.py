@@ -74,7 +74,8 @@ def test_micro_batches_change_nothing_but_rounding(store, tmp_path):
 
 @pytest.mark.parametrize("options", [{"activation_checkpointing": True}, {"compile": True}])
 def test_run_time_choices_change_nothing_but_rounding(store, tmp_path, options):
-    sparse = tiny_model(ffns={"p": PEERConfig(experts=64**2, heads=2, experts_per_head=2, d_key=8)}, pattern=["p"])
+    peer = PEERConfig(experts=64**2, heads=2, experts_per_head=2, d_key=8)
+    sparse = tiny_model(layers=1, ffns={"p": peer}, pattern=["p"])
     run = tiny_run(store, budget=BudgetConfig(steps=3), model=sparse)
     fit(run, tmp_path / "plain")
     fit(run.model_copy(update={"train": TrainConfig(precision="float32", **options)}), tmp_path / "other")

@@ -1,7 +1,8 @@
 """Runs that are killed at any moment and resumed give the bits of a run never killed.
 
-Two ways to kill: the real command, from outside, at random moments; and forks of a process that has torch loaded
-already, which kill themselves at the n-th change of the disk, so that many moments inside saves are met.
+Two ways to kill: from outside, at random moments of the real command's start and of the steps and saves of forks that
+have torch loaded already; and forks that kill themselves at the n-th change of the disk, so that many moments inside
+saves are met.
 """
 
 import json
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from forking import Server
 from myriad.checkpoint import list_checkpoints, load
 from myriad.train.record import CLOCK_FIELDS, read_records
 from tiny import tiny_model
@@ -55,9 +57,9 @@ def finish(process: subprocess.Popen) -> str:
 
 
 @pytest.fixture(scope="module")
-def never_killed(config, tmp_path_factory) -> Path:
+def never_killed(server, config, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("never-killed") / "run"
-    finish(start("train", config, f"out={run}"))
+    assert server.run("train", config, f"out={run}").code == 0
     return run
 
 
@@ -84,10 +86,9 @@ def last_step(run: Path) -> int:
     return max((record["step"] for record in read_records(run / "metrics.jsonl")), default=0)
 
 
-def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
-    """Wait until the run has reached a step, or has ended."""
+def wait_for_step(run: Path, step: int) -> None:
     until = time.monotonic() + 120
-    while process.poll() is None and last_step(run) < step:
+    while last_step(run) < step:
         assert time.monotonic() < until
         time.sleep(0.002)
 
@@ -95,8 +96,8 @@ def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
 # SIGKILL
 
 
-def kill_again_and_again(config: Path, run: Path, kills: int, seed: int) -> None:
-    """Kill the real command at random moments of its start, its steps and its saves, and let it finish at last."""
+def kill_again_and_again(server: Server, config: Path, run: Path, kills: int, seed: int) -> None:
+    """Kill the command at random moments of its start, its steps and its saves, and let it finish at last."""
     dice = random.Random(seed)
     starts = [dice.uniform(0.0, 3.0) for _ in range(kills // 4)]
     for delay in starts:  # while Python and torch are loaded, the model is built, the folder is made
@@ -105,25 +106,28 @@ def kill_again_and_again(config: Path, run: Path, kills: int, seed: int) -> None
         process.kill()
         process.communicate()
     for step in sorted(dice.choices(range(1, STEPS), k=kills - len(starts))):
-        process = start("train", config, f"out={run}", "--resume")
-        wait_for_step(process, run, step)
+        process = server.start("train", config, f"out={run}", "--resume")
+        wait_for_step(run, step)
         time.sleep(dice.uniform(0.0, 0.03))
-        process.kill()
-        process.communicate()
+        process.send(signal.SIGKILL)
+        process.wait()
         if list_checkpoints(run):  # something to show at any moment
             load(run)
-    finish(start("train", config, f"out={run}", "--resume"))
+    result = server.run("train", config, f"out={run}", "--resume")
+    assert result.code == 0, result.err
 
 
-def test_sigkill_at_random_moments_then_resume_gives_the_bits_of_a_run_never_killed(config, never_killed, tmp_path):
-    kill_again_and_again(config, tmp_path / "run", kills=8, seed=0)
+def test_sigkill_at_random_moments_then_resume_gives_the_bits_of_a_run_never_killed(
+    server, config, never_killed, tmp_path
+):
+    kill_again_and_again(server, config, tmp_path / "run", kills=8, seed=0)
     assert_same_outcome(tmp_path / "run", never_killed)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
-def test_sigkill_thirty_times_gives_the_bits_of_a_run_never_killed(config, never_killed, tmp_path, seed):
-    kill_again_and_again(config, tmp_path / "run", kills=30, seed=seed)
+def test_sigkill_thirty_times_gives_the_bits_of_a_run_never_killed(server, config, never_killed, tmp_path, seed):
+    kill_again_and_again(server, config, tmp_path / "run", kills=30, seed=seed)
     assert_same_outcome(tmp_path / "run", never_killed)
 
 
@@ -247,7 +251,7 @@ def test_a_signal_ends_the_command_with_code_0_and_a_line_that_resumes(config, t
     steps = {signal.SIGTERM: 3, signal.SIGINT: 10}
     processes = {number: start("train", config, *slow, f"out={run}") for number, run in runs.items()}
     for number, run in runs.items():
-        wait_for_step(processes[number], run, steps[number])
+        wait_for_step(run, steps[number])
         processes[number].send_signal(number)
     resumed = {}
     for number, run in runs.items():
@@ -263,13 +267,14 @@ def test_a_signal_ends_the_command_with_code_0_and_a_line_that_resumes(config, t
     assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
 
 
-def test_a_kill_during_the_first_step_leaves_a_run_that_starts_anew(config, never_killed, tmp_path):
+def test_a_kill_during_the_first_step_leaves_a_run_that_starts_anew(server, never_killed, tmp_path):
     """`run.json` and `metrics.jsonl` are there, a checkpoint is not."""
     run = tmp_path / "run"
     run.mkdir()
     (run / "run.json").write_bytes((never_killed / "run.json").read_bytes())
     (run / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "tokens": 128, "loss": 9.0}\n{"kind": "tr')
     (run / ".run.json.tmp").write_text("{")
-    finish(start("train", run, "--resume", f"out={run}"))
+    result = server.run("train", run, "--resume", f"out={run}")
+    assert result.code == 0, result.err
     assert figures(run) == figures(never_killed)
     assert (run / "model.safetensors").read_bytes() == (never_killed / "model.safetensors").read_bytes()
