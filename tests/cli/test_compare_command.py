@@ -54,8 +54,8 @@ def folder(store, tmp_path_factory) -> Path:
     """Holds `small.yaml`, a run, and `list.yaml`, which makes two contenders of it."""
     folder = tmp_path_factory.mktemp("compare")
     run = tiny_run(store, model=tiny_model(layers=1, d_model=16)).model_dump(mode="json")
-    run |= {"budget": {"steps": 6}, "checkpoint": {"every": 2}, "batch": {"tokens": 128}, "out": None}
-    run["evaluation"] = {"every": 3, "tokens": 512}
+    run |= {"budget": {"steps": 6}, "checkpoint": {"every": 4}, "batch": {"tokens": 128}, "out": None}
+    run["evaluation"] = {"every": 4, "tokens": 256}
     (folder / "small.yaml").write_text(yaml.safe_dump(run))
     dense = "small.yaml 'model.ffns={dense: {kind: dense, d_hidden: 40}}' model.pattern=[dense]"
     (folder / "list.yaml").write_text(
