@@ -5,8 +5,8 @@ import signal
 import time
 
 import pytest
-from forking import Server
 
+from forking import Server
 from myriad.checkpoint import load, read_json
 from myriad.train import session
 from myriad.train.record import CLOCK_FIELDS, read_records
