@@ -35,6 +35,9 @@ class Planted(torch.nn.Module):
         planted = Routing(experts, weights, 8)
         return LMOutput(None, None, None, torch.zeros(()), ({},), ((planted,),))
 
+    def layer_name(self, index):
+        return f"block {index}"
+
 
 def some_ids(rows=3, context=8, vocabulary=VOCABULARY):
     return torch.randint(vocabulary, (rows, context), generator=torch.Generator().manual_seed(1))

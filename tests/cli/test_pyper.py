@@ -6,7 +6,6 @@ import time
 
 import pytest
 
-from forking import Server
 from myriad.checkpoint import load, read_json
 from myriad.train import session
 from myriad.train.record import CLOCK_FIELDS, read_records
@@ -58,14 +57,6 @@ def test_a_killed_one_goes_on(myriad, texts, monkeypatch):
     result = call(myriad, texts)
     assert result.code == 0, result.err
     assert "finished before" in result.err
-
-
-@pytest.fixture
-def server(tmp_path):
-    (tmp_path / "said").mkdir()
-    server = Server(tmp_path / "said")
-    yield server
-    server.close()
 
 
 def test_one_that_ctrl_c_stopped_amid_an_expert_goes_on_to_the_same_figures(server, texts):

@@ -14,8 +14,6 @@ from myriad.train.run import DataConfig
 from tiny import tiny_model, tiny_run
 
 TINY = [
-    "model.d_model=16",
-    "model.heads=2",
     "model.context=32",
     "batch.tokens=128",
     "batch.micro_tokens=null",
@@ -23,7 +21,7 @@ TINY = [
     "evaluation.every=2",
     "evaluation.tokens=256",
 ]
-"""Overrides that make presets tiny, whose layers then are those of one pattern."""
+"""Overrides that make the runs of presets tiny; their models: `tiny_blocks`."""
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +60,16 @@ def test_without_out_the_run_goes_to_runs_and_the_files_name(myriad, config, tmp
     assert checkpoint.load("runs/small").config.d_model == 16
 
 
+def tiny_blocks(preset: str) -> list[str]:
+    """Overrides that make a preset's blocks tiny, those of one pattern, wherever its model has them."""
+    model = presets.get(preset).model.model_dump()
+    path, blocks = ("model.expert", model["expert"]) if "expert" in model else ("model", model)
+    return [f"{path}.d_model=16", f"{path}.heads=2", f"{path}.layers={len(blocks['pattern'])}"]
+
+
 @pytest.mark.parametrize("preset", presets.names())
 def test_a_preset_with_overrides_trains(myriad, preset, store, tmp_path):
-    layers = f"model.layers={len(presets.get(preset).model.model_dump()['pattern'])}"
-    result = myriad("train", preset, *TINY, layers, f"data.path={store.path}", f"out={tmp_path / 'run'}")
+    result = myriad("train", preset, *TINY, *tiny_blocks(preset), f"data.path={store.path}", f"out={tmp_path / 'run'}")
     assert result.code == 0, result.err
     assert [record["step"] for record in read_records(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 2, 3, 4, 4]
     recorded = json.loads((tmp_path / "run" / "run.json").read_text())

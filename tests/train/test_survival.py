@@ -137,7 +137,8 @@ from pathlib import Path
 
 import torch
 torch.set_num_threads(1)
-import myriad.hf, myriad.presets, myriad.train
+import matplotlib.backends.backend_agg, matplotlib.figure, numba
+import myriad.analysis.curve, myriad.hf, myriad.presets, myriad.train
 from myriad import checkpoint
 from myriad.cli import main
 from myriad.train.record import Metrics

@@ -67,8 +67,10 @@ class _Interrupts:
     def _interrupt(self, number: int, frame: FrameType | None) -> NoReturn:
         self.seen = True
         while frame is not None:
-            if frame.f_code.co_filename.startswith("<frozen importlib"):
-                # Amid an import, some libraries swallow an exception, and others abort the process.
+            file = frame.f_code.co_filename
+            if file.startswith("<frozen importlib") or f"{os.sep}llvmlite{os.sep}" in file:
+                # Amid an import, some libraries swallow an exception, and others abort the process; so does what a
+                # compiler calls back.
                 os.write(2, b"myriad: interrupted\n")
                 os._exit(INTERRUPTED)
             frame = frame.f_back

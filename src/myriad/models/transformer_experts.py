@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import cycle
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, model_validator
 
 from myriad.config import Variant, register
 from myriad.ffn import Cost, DenseConfig, PEERConfig
@@ -68,6 +68,11 @@ class TransformerExpertsConfig(ModelConfig):
         object.__setattr__(self, "expert", expert)
         self.routing.refuse_misfit(self)
         return self
+
+    @field_serializer("expert", mode="wrap")
+    def _without_the_mixtures_own(self, expert: TransformerConfig, dump: SerializerFunctionWrapHandler) -> dict:
+        """So that an override of the mixture's is one of the experts', too."""
+        return {name: value for name, value in dump(expert).items() if name not in ("vocab_size", "context")}
 
     @property
     def whole_expert(self) -> TransformerConfig:
