@@ -235,8 +235,12 @@ def test_ctrl_c_that_a_library_made_an_error_of_its_own_of_ends_the_command_in_a
             raise ValueError("a number of an odd shape") from (None if swallowed else interrupt)
 
     monkeypatch.setattr("myriad.cli.app.app", call_back)
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert ended.value.code == 130
     assert capsys.readouterr().err == "myriad: interrupted\n"
 

@@ -122,10 +122,10 @@ def test_experts_choose_in_every_process_as_they_do_in_micro_batches_of_one(serv
     assert figures(tmp_path / "wider")[-1]["loss"] != pytest.approx(figures(tmp_path / "one")[-1]["loss"], rel=2e-5)
 
 
-def test_weights_of_bfloat16_train_in_many_processes(config, tmp_path):
+def test_weights_of_bfloat16_train_in_many_processes(server, config, tmp_path):
     """Were they rounded by other bits in each, the losses would part."""
     words = ["optim.weights=bfloat16", "train.precision=auto", "optim.table_lr=1e-3"]
-    run_to_the_end(2, config, f"out={tmp_path / 'two'}", *words)
+    run_to_the_end(server, 2, config, f"out={tmp_path / 'two'}", *words)
     fit(with_overrides(yaml.safe_load(config.read_text()), words), tmp_path / "one")
     mine, theirs = figures(tmp_path / "two"), figures(tmp_path / "one")
     assert mine[0]["loss"] > mine[-1]["loss"]
