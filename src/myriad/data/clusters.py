@@ -8,26 +8,25 @@
 A text belongs to the center nearest to its features (`features`).
 """
 
-import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from myriad.config import Config, ConfigError, validate
-from myriad.data import DataError
+from myriad.config import Config
 from myriad.data.features import PIECE, Features
 from myriad.data.kmeans import squared_distances
-from myriad.data.store import SEAL, Sha256, Store, damaged, hash_file
+from myriad.data.sealed import read_sealed, write_sealed
+from myriad.data.store import Sha256, Store, damaged, hash_file
 
 INDEX_NAME, MODEL_NAME = "clusters.json", "clusters.safetensors"
 FORMAT = 1
+AGAIN = "cluster the store again"
 TYPICAL = 6
 """Tokens named for each cluster."""
 
@@ -79,13 +78,7 @@ class ClusterIndex(Config):
 
     def write(self, folder: Path) -> None:
         """Write clusters.json, sealed with its own hash."""
-        content = self.model_dump(mode="json")
-        text = json.dumps({**content, SEAL: _hash(content)}, indent=1)
-        (folder / INDEX_NAME).write_text(text + "\n", encoding="utf-8")
-
-
-def _hash(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        write_sealed(folder / INDEX_NAME, self)
 
 
 @dataclass(frozen=True)
@@ -132,13 +125,13 @@ class Clusters:
         path = Path(path)
         index = _read_index(path / INDEX_NAME)
         if hash_file(path / MODEL_NAME) != index.model_sha256:
-            raise damaged(path / MODEL_NAME, "its hash is not the one in the index")
+            raise damaged(path / MODEL_NAME, "its hash is not the one in the index", AGAIN)
         try:
             found = load_file(path / MODEL_NAME)
             features = Features(found["idf"], found["components"])
             model = ClusterModel(features, found["centers"])
         except (SafetensorError, KeyError) as error:
-            raise damaged(path / MODEL_NAME, str(error)) from None
+            raise damaged(path / MODEL_NAME, str(error), AGAIN) from None
         return cls(path, index, model)
 
     def store_path(self, cluster: int) -> Path:
@@ -156,20 +149,8 @@ class Clusters:
 
 
 def _read_index(path: Path) -> ClusterIndex:
-    try:
-        raw = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise DataError(f"{path.parent}: no clusters here; make them with `myriad data cluster`") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError):
-        raise damaged(path, "not JSON") from None
-    if not isinstance(raw, dict) or raw.pop(SEAL, None) != _hash(raw):
-        raise damaged(path, "it does not fit its own hash")
-    try:
-        return validate(ClusterIndex, raw)
-    except ConfigError as error:
-        raise damaged(path, str(error).splitlines()[0]) from None
+    absent = "no clusters here; make them with `myriad data cluster`"
+    return read_sealed(path, ClusterIndex, FORMAT, absent=absent, again=AGAIN)
 
 
 def typical_tokens(stores: Sequence[Store]) -> list[list[str]]:

@@ -16,7 +16,6 @@ process when the missing part is touched, a read that comes back short is a faul
 
 import hashlib
 import itertools
-import json
 import os
 import weakref
 from bisect import bisect_left, bisect_right
@@ -25,21 +24,21 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from myriad.config import Config, ConfigError, validate
+from myriad.config import Config
 from myriad.data import DataError
 from myriad.data.recipe import Recipe
+from myriad.data.sealed import read_sealed, write_sealed
 from myriad.data.sources import SPLITS
 from myriad.data.tokenizer import FILE_NAME, Tokenizer
 
 INDEX_NAME = "index.json"
 FORMAT = 2
-SEAL = "sha256"
-"""The index's key that holds a hash of all its other keys."""
+AGAIN = "prepare the store again"
 
 FileName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*\.bin$")]
 SplitName = Annotated[str, Field(pattern=f"^({'|'.join(SPLITS)})$")]
@@ -118,13 +117,7 @@ class Index(Config):
 
     def write(self, folder: Path) -> None:
         """Write index.json, sealed with its own hash."""
-        content = self.model_dump(mode="json")
-        text = json.dumps({**content, SEAL: _hash_content(content)}, indent=2)
-        (folder / INDEX_NAME).write_text(text + "\n", encoding="utf-8")
-
-
-def _hash_content(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        write_sealed(folder / INDEX_NAME, self)
 
 
 class Shard(Protocol):
@@ -299,30 +292,13 @@ class Store:
 
 
 def _read_index(path: Path) -> Index:
-    try:
-        raw = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise DataError(f"{path.parent}: no store here; make one with `myriad data prepare`") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError):
-        raise damaged(path, "not JSON") from None
-    if not isinstance(raw, dict):
-        raise damaged(path, "not an object")
-    if raw.get("format") != FORMAT:
-        made = f"of format {json.dumps(raw.get('format'))[:40]}, not {FORMAT}"
-        raise DataError(f"{path}: {made}: made by another version of Myriad, or damaged; prepare the store again")
-    if raw.pop(SEAL, None) != _hash_content(raw):
-        raise damaged(path, "it does not fit its own hash")
-    try:
-        return validate(Index, raw)
-    except ConfigError as error:
-        raise damaged(path, str(error).splitlines()[0]) from None
+    absent = "no store here; make one with `myriad data prepare`"
+    return read_sealed(path, Index, FORMAT, absent=absent, again=AGAIN)
 
 
-def damaged(path: Path, why: str) -> DataError:
-    """The fault of a store that is not as it was made."""
-    return DataError(f"{path}: damaged ({why}); prepare the store again")
+def damaged(path: Path, why: str, again: str = AGAIN) -> DataError:
+    """The fault of a file that is not as it was made, and how to make it anew."""
+    return DataError(f"{path}: damaged ({why}); {again}")
 
 
 def _size_of(path: Path) -> int:

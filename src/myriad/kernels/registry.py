@@ -140,7 +140,7 @@ def resolve(op: str, device_type: str, dtype: torch.dtype) -> Any:
 
 
 @cache
-def _chosen(_: str, op: str, device_type: str, dtype: torch.dtype) -> Any:
+def _chosen(choice: str, op: str, device_type: str, dtype: torch.dtype) -> Any:
     """Remembered for each choice: to find it anew takes as long as a small kernel."""
     name, _ = _pick(op, device_type, dtype)
     return _implementations[op][name].functions
