@@ -338,6 +338,14 @@ def intact_folder(folder: Path) -> Path:
     return folder
 
 
+def fingerprint(folder: Path) -> str | None:
+    """What names the content of a folder that is whole: its manifest's digest; None: it has no manifest."""
+    for name in (MANIFEST, INDEX):
+        if (folder / name).exists():
+            return str(read_json(folder / name)["digest"])
+    return None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a mapping.
 

@@ -5,6 +5,7 @@ import signal
 import time
 
 import pytest
+import torch
 
 from myriad.checkpoint import load, read_json
 from myriad.train import session
@@ -42,6 +43,40 @@ def test_everything_is_made_once(myriad, texts, routing, monkeypatch):
     monkeypatch.setattr("myriad.analysis.pyper.measure_run", None)
     again = call(myriad, texts, "--routing", routing)
     assert (again.code, again.out) == (0, result.out)
+
+
+def test_experts_start_from_a_seed_that_takes_a_share_of_their_training(myriad, texts):
+    result = call(myriad, texts, "--seed-share", 0.25, "optim.frozen=[embedding]")
+    assert result.code == 0, result.err
+    out = texts.parent / "out"
+    runs = [read_json(out / name / "run.json") for name in ("seed-all", "experts/expert-0", "experts/expert-1")]
+    assert [run["budget"]["steps"] for run in runs] == [6, 9, 9]
+    assert [run["init"] for run in runs] == [None, str(out / "seed-all"), str(out / "seed-all")]
+    weights = [load(out / name).embedding.weight for name in ("seed-all", "experts/expert-0", "experts/expert-1")]
+    assert torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[0], weights[2])
+
+
+def test_one_stopped_amid_its_seed_says_how_to_go_on(server, texts):
+    words = ["pyper", texts, *SMALL, "budget.steps=400", "--experts", 2, "--out", texts.parent / "out"]
+    process = server.start(*words, "--seed-share", "0.5")
+    metrics = texts.parent / "out" / "seed-all" / "metrics.jsonl"
+    until = time.monotonic() + 120
+    while not [*read_records(metrics)]:
+        assert time.monotonic() < until
+        time.sleep(0.002)
+    process.send(signal.SIGINT)
+    stopped = process.wait()
+    assert stopped.code == 0, stopped.err
+    assert "--seed-share 0.5" in stopped.out
+    assert not (texts.parent / "out" / "experts" / "expert-0").exists()
+
+
+@pytest.mark.parametrize("share", [1, -0.1])
+def test_a_share_that_is_none_is_refused(myriad, texts, share):
+    result = call(myriad, texts, "--seed-share", share)
+    assert (result.code, result.out) == (2, "")
+    assert "seed_share" in result.err
 
 
 def test_a_killed_one_goes_on(myriad, texts, monkeypatch):
@@ -89,8 +124,8 @@ def told(metrics):
 def test_experts_that_choose_are_refused_before_anything_is_made(myriad, texts):
     result = call(myriad, texts, "--routing", "expert_choice")
     assert (result.code, result.out) == (2, "")
-    assert result.err.startswith("myriad: --routing: expert_choice mixes experts grown from one seed model")
-    assert result.err.endswith("use posterior\n")
+    assert result.err.startswith("myriad: --routing: expert_choice has a router, which is trained after mixing")
+    assert result.err.endswith("use posterior or cluster here\n")
     assert not (texts.parent / "out").exists()
 
 

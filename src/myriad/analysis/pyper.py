@@ -4,6 +4,7 @@ OUT/
   plan.json           the whole plan: it goes on only if it is the same
   data/...            the store, where the data were a source
   clusters/           a store for each domain, and the cluster model
+  seed-all/           the run that all experts start from, where a share of the compute is its
   experts/0 ...       run folders, with outcome.json when they are finished and measured on their own domain
   mixture/            the model
   figures.json        what everyone makes of all domains
@@ -16,12 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar, NamedTuple, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from myriad.analysis.compare.conduct import Board, HeldOut, finish, write, write_plan
 from myriad.analysis.compare.plan import FolderPlan, Trial
 from myriad.analysis.measure import measure_run
-from myriad.checkpoint import MANIFEST, intact_folder, read_config, read_json
+from myriad.checkpoint import fingerprint, intact_folder, read_config, read_json
 from myriad.config import Config, ConfigError, validate
 from myriad.data.cluster import cluster
 from myriad.data.clusters import ClusterOptions, Clusters
@@ -46,13 +47,15 @@ class PyperPlan(FolderPlan):
     clusters: ClusterOptions
     routing: ExpertRouting
     """Of the mixture."""
+    seed_share: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the experts' training that goes to one model of everything instead, from which all of them start."""
 
     @model_validator(mode="after")
-    def _experts_apart(self) -> Self:
+    def _no_router(self) -> Self:
         if isinstance(self.routing, ExpertChoiceRouting):
             raise ConfigError(
-                "--routing: expert_choice mixes experts grown from one seed model, and these are trained from scratch; "
-                "use posterior"
+                "--routing: expert_choice has a router, which is trained after mixing: see docs/pyper.md, Experts that "
+                "choose; use posterior or cluster here"
             )
         return self
 
@@ -72,6 +75,7 @@ class Assembled(NamedTuple):
     clusters: Clusters
     split: str
     """That of the held-out text."""
+    seed: Trial | None
     trials: list[Trial]
     """An expert's training each."""
     own: list[Perplexity]
@@ -108,7 +112,7 @@ def make(plan: PyperPlan, out: Path, board: Board, kernel: str | None = None) ->
         MyriadError: the data cannot be clustered, an expert not be trained, or the figures not be taken.
         Stopped: a signal stopped a run, which is saved.
     """
-    store, clusters, split, trials, own, parts = assemble(plan, out, board, kernel)
+    store, clusters, split, _, trials, own, parts = assemble(plan, out, board, kernel)
     measure = Measuring(out, split, board.begin(None).note)
     return Made(
         clusters=clusters,
@@ -127,15 +131,17 @@ def assemble(plan: PyperPlan, out: Path, board: Board, kernel: str | None) -> As
     store = Store.open(ensure_store(plan.run.data, out / EXPERTS, display))
     clusters = _cluster(plan, store, out, display.note)
     split = "test" if all("test" in part.index.splits for part in clusters.stores()) else "validation"
-    trials = [_trial(plan, clusters, number) for number in range(plan.clusters.clusters)]
-    board.expect(trials)
+    seed, trials = trainings(plan, clusters, store, out)
+    board.expect([*([seed] if seed else []), *trials])
+    if seed is not None:
+        finished(seed, out, board, split, kernel)
     own = [finished(trial, out / EXPERTS, board, split, kernel) for trial in trials]
     runs = [out / EXPERTS / trial.name for trial in trials]
     if not (out / MIXTURE).exists():
         display.note(f"mixing {len(runs)} experts in {out / MIXTURE}")
         mix(runs, out / MIXTURE, plan.routing, clusters=clusters, data=store.path)
     parts = [clusters.store_path(number) for number in range(len(runs))]
-    return Assembled(store, clusters, split, trials, own, parts)
+    return Assembled(store, clusters, split, seed, trials, own, parts)
 
 
 def finished(trial: Trial, runs: Path, board: Board, split: str, kernel: str | None) -> Perplexity:
@@ -161,19 +167,36 @@ def _cluster(plan: PyperPlan, store: Store, out: Path, note: Callable[[str], Non
     return found
 
 
-def _trial(plan: PyperPlan, clusters: Clusters, number: int) -> Trial:
-    """The training of one expert, its budget in steps."""
-    path = clusters.store_path(number)
-    store, run = Store.open(path), plan.run
+def trainings(plan: PyperPlan, clusters: Clusters, store: Store, out: Path) -> tuple[Trial | None, list[Trial]]:
+    """The training of the seed, where there is one, and of each expert; their budgets in steps."""
+    stores = [Store.open(clusters.store_path(number)) for number in range(plan.clusters.clusters)]
+    steps = [_steps(plan.run, store) for store in stores]
+    spent = [round(plan.seed_share * each) for each in steps]
+    trials = [
+        Trial("expert", str(number), _apart(plan.run, part, max(1, each - less)), 1.0, None)
+        for number, (part, each, less) in enumerate(zip(stores, steps, spent, strict=True))
+    ]
+    if not sum(spent):
+        return None, trials
+    seed = Trial("seed", "all", _apart(plan.run, store, sum(spent)), 1.0, None)
+    init = {"init": str(out / seed.name)}
+    return seed, [trial._replace(run=trial.run.model_copy(update=init)) for trial in trials]
+
+
+def _steps(run: RunConfig, store: Store) -> int:
     windows = (len(store.split("train").tokens) - 1) // run.model.context
-    steps = run.budget.in_steps(run.batch.tokens, windows, run.windows_per_step)
+    return run.budget.in_steps(run.batch.tokens, windows, run.windows_per_step)
+
+
+def _apart(run: RunConfig, store: Store, steps: int) -> RunConfig:
+    """A run on a store of its own."""
     changes = {
-        "data": DataConfig(path=str(path)),
+        "data": DataConfig(path=str(store.path)),
         "model": run.model.with_vocabulary(run.model.vocab_size or store.index.vocab_size),
         "budget": BudgetConfig(steps=steps),
         "out": None,
     }
-    return Trial("expert", str(number), run.model_copy(update=changes), 1.0, None)
+    return run.model_copy(update=changes)
 
 
 class Measuring:
@@ -181,7 +204,7 @@ class Measuring:
 
     def __init__(self, out: Path, split: str, note: Callable[[str], None]):
         self._out, self._split, self._note = out, split, note
-        mixture = read_json(out / MIXTURE / MANIFEST)["digest"]
+        mixture = str(fingerprint(out / MIXTURE))
         self._figures = Figures(mixture=mixture)
         if (out / FIGURES).exists():
             recorded = validate(Figures, read_json(out / FIGURES))

@@ -1,7 +1,7 @@
 """A mixture of experts against one dense model, which is trained on everything with the compute of all experts.
 
-The dense model is one of the experts' shape. It goes through as many steps, of as many tokens, as they do together;
-`dense-all/` stands beside what `pyper` makes.
+The dense model is one of the experts' shape. It goes through as many steps, of as many tokens, as they and their seed
+do together; `dense-all/` stands beside what `pyper` makes.
 """
 
 from pathlib import Path
@@ -57,9 +57,10 @@ def against_dense(plan: PyperPlan, out: Path, board: Board, kernel: str | None =
     Args, errors: as those of `make`.
     """
     refuse_early_stopping(plan)
-    store, clusters, split, trials, own, parts = assemble(plan, out, board, kernel)
-    trial = _dense(plan, trials, store)
-    board.expect([*trials, trial])
+    store, clusters, split, seed, trials, own, parts = assemble(plan, out, board, kernel)
+    spent = [*([seed] if seed else []), *trials]
+    trial = _dense(plan, spent, store)
+    board.expect([*spent, trial])
     outcome = finish(trial, out, board, split, kernel)
     if outcome.held_out is None:
         raise ConfigError(f"{out / trial.name}: {outcome.diverged}")
@@ -81,15 +82,15 @@ def refuse_early_stopping(plan: PyperPlan) -> None:
         raise ConfigError("early_stopping.patience: an expert would not spend its budget; set it to null")
 
 
-def _dense(plan: PyperPlan, experts: list[Trial], store: Store) -> Trial:
-    """The dense model's training: validated as often as one expert is."""
-    run = plan.run
-    steps = sum(trial.run.budget.steps or 0 for trial in experts)
+def _dense(plan: PyperPlan, spent: list[Trial], store: Store) -> Trial:
+    """The dense model's training, as long as all others together: validated as often as one expert is."""
+    run, experts = plan.run, plan.clusters.clusters
+    steps = sum(trial.run.budget.steps or 0 for trial in spent)
     changes = {
         "data": DataConfig(path=str(store.path)),
-        "model": experts[0].run.model,
+        "model": spent[0].run.model,
         "budget": BudgetConfig(steps=steps),
-        "evaluation": run.evaluation.model_copy(update={"every": run.evaluation.every * len(experts)}),
+        "evaluation": run.evaluation.model_copy(update={"every": run.evaluation.every * experts}),
         "out": None,
     }
     return Trial("dense", "all", run.model_copy(update=changes), 1.0, None)

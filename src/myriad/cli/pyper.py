@@ -25,6 +25,9 @@ def pyper(
     experts: int = typer.Option(8, help="How many, each trained on a cluster of its own."),
     preset: str = typer.Option("pyper-expert", help="How an expert is trained: a preset or a config file."),
     routing: str = typer.Option("posterior", help="How a text is shared among them: posterior or cluster."),
+    seed_share: float = typer.Option(
+        0.0, help="Share of the experts' training that goes to one model of everything, from which all of them start."
+    ),
     seed: int = typer.Option(0, help="Of the clusters; each run has its own, `seed`."),
     kernels: str = typer.Option(None, help="auto, reference, ...; default: as before when resuming, else auto."),
     quiet: bool = typer.Option(False, "--quiet", help="Show no progress."),
@@ -43,7 +46,8 @@ def pyper(
     run, _ = resolve_run(preset, [f"data.{place}={_quoted(source)}", *(overrides or [])])
     clusters = validate(ClusterOptions, {"clusters": experts, "seed": seed})
     shared = resolve_routing(routing, {})
-    plan = PyperPlan(run=run.model_copy(update={"out": None}), clusters=clusters, routing=shared)
+    settings = {"run": run.model_copy(update={"out": None}), "clusters": clusters, "routing": shared}
+    plan = validate(PyperPlan, settings | {"seed_share": seed_share})
     with opened(out, plan):
         try:
             with TerminalBoard(_console(stderr=True, quiet=quiet)) as board:
@@ -51,6 +55,7 @@ def pyper(
         except Stopped as stopped:
             words = ["myriad", "pyper", source, *(overrides or []), "--out", str(out), "--experts", str(experts)]
             words += ["--preset", preset, "--routing", routing, "--seed", str(seed)]
+            words += ["--seed-share", str(seed_share)] if seed_share else []
             typer.echo(f"{stopped}; to continue: {shlex.join(words)}")
             return
     show(made, out)

@@ -77,6 +77,10 @@ class ModelConfig(Variant):
         """This config with a vocabulary size."""
         return self.model_copy(update={"vocab_size": size})
 
+    def shape(self) -> dict[str, Any]:
+        """The settings on which trained weights depend: models whose shapes are equal can exchange theirs."""
+        return self.model_dump(mode="json", exclude={"context", "dropout"})
+
     @classmethod
     def examples(cls) -> Sequence[Self]:
         """Small configs of 50 tokens and a context of 32 that between them use every option: the contract tests

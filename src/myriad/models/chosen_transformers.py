@@ -24,7 +24,7 @@ takes of a sequence, `R` rows: tokens of all experts, expert by expert.
 
 from collections.abc import Sequence
 from itertools import islice
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import ClassVar, Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field
@@ -392,14 +392,9 @@ def _refuse_other_shape(
             f"seed: has {seed.layers} blocks; routing.trunk_layers + expert.layers are "
             f"{routing.trunk_layers} + {expert.layers}"
         )
-    wanted = _shape(expert, config.vocabulary, routing.trunk(config).placement + expert.placement)
-    found = _shape(seed, seed.vocabulary, seed.placement)
+    whole = {"vocab_size": config.vocabulary, "layers": seed.layers}
+    placement = routing.trunk(config).placement + expert.placement
+    wanted = expert.model_copy(update=whole | {"pattern": placement}).shape()
+    found = seed.shape()
     if wanted != found:
         raise ConfigError(f"seed: {first_difference(found, wanted)}")
-
-
-def _shape(config: TransformerConfig, vocabulary: int, placement: list[str]) -> dict[str, Any]:
-    """The settings on which weights depend."""
-    resolved = {"vocab_size": vocabulary, "kv_heads": config.key_value_heads, "head_dim": config.head_width}
-    settings = config.model_dump(mode="json", exclude={"context", "dropout", "layers", "pattern"})
-    return settings | resolved | {"placement": placement}

@@ -103,6 +103,11 @@ class TransformerConfig(ModelConfig):
         """The name of each block's feed-forward layer."""
         return [self.pattern[layer % len(self.pattern)] for layer in range(self.layers)]
 
+    def shape(self) -> dict[str, Any]:
+        """With defaults resolved: a pattern may be written in several ways."""
+        resolved = {"kv_heads": self.key_value_heads, "head_dim": self.head_width, "placement": self.placement}
+        return {name: value for name, value in super().shape().items() if name != "pattern"} | resolved
+
     def build(self) -> "Transformer":
         return Transformer(self)
 

@@ -83,6 +83,9 @@ class TransformerExpertsConfig(ModelConfig):
         """
         return self.expert.with_vocabulary(self.vocabulary)
 
+    def shape(self) -> dict[str, Any]:
+        return super().shape() | {"expert": self.expert.model_copy(update={"vocab_size": self.vocab_size}).shape()}
+
     def build(self) -> LanguageModel:
         return self.routing.build(self)
 

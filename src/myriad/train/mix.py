@@ -371,7 +371,8 @@ def _describe(folder: Path, config: TransformerExpertsConfig, expert: Expert, da
     checkpoint.write_description(folder, config, dtype, tokenizer if tokenizer.exists() else None, end_id)
     if data is not None and (expert.folder / "run.json").exists():
         run = validate(RunConfig, checkpoint.read_json(expert.folder / "run.json"))
-        changes = {"model": config, "data": DataConfig(path=str(data)), "out": None}
+        optim = run.optim.model_copy(update={"frozen": []})  # names of an expert's parameters
+        changes = {"model": config, "data": DataConfig(path=str(data)), "optim": optim, "init": None, "out": None}
         checkpoint.write_json(folder / "run.json", run.model_copy(update=changes).model_dump(mode="json"))
 
 

@@ -139,6 +139,9 @@ class RunConfig(Config):
     evaluation: EvaluationConfig = EvaluationConfig()
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    init: str | None = None
+    """What the first step starts from: a run folder, checkpoint, mixture or Hugging Face folder with a model of the
+    same shape, or a transformer that grows into a mixture whose experts choose; None: random weights."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Of the initial weights, the order of the data and dropout."""
     out: str | None = None

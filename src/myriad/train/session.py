@@ -20,10 +20,12 @@ from myriad.checkpoint import CheckpointError, naming
 from myriad.config import ConfigError, RunError, first_difference, validate
 from myriad.data.store import Store
 from myriad.data.stream import Stream
+from myriad.data.tokenizer import FILE_NAME
 from myriad.ffn.base import ffn_configs
 from myriad.kernels.hardware import processor
 from myriad.models import LanguageModel
 from myriad.models.transformer import Block
+from myriad.train.initial import initial_model
 from myriad.train.job import Job, read_state, restore
 from myriad.train.logs import append_line
 from myriad.train.loop import Outcome, train
@@ -189,6 +191,7 @@ def _name_of_newest(run: RunConfig, out: Path, store: Store, display: Display) -
 def _refuse_other_run(run: RunConfig, recorded: RunConfig, out: Path) -> None:
     mine, theirs = run.model_dump(mode="json"), recorded.model_dump(mode="json")
     mine["data"]["path"] = theirs["data"]["path"]  # a store may move: its hash tells whether it is the same
+    mine["init"] = theirs["init"]  # and so may a seed: what the run took of it is in the checkpoint
     for section in mine.keys() - set(MAY_CHANGE):
         if mine[section] != theirs[section]:
             raise ConfigError(
@@ -201,7 +204,8 @@ def _build_job(run: RunConfig, out: Path, store: Store, display: Display, newest
     torch.manual_seed(run.seed)
     stream = Stream(store.split("train").tokens, run.model.context, run.seed)
     optim = run.optim
-    model = run.model.build()
+    # A run that goes on has its weights in its checkpoint.
+    model = run.model.build() if newest is not None else initial_model(run, store.path / FILE_NAME)
     hold_weights(model, optim.weights)
     model = model.to(device)
     freeze(model, optim.frozen)
@@ -288,4 +292,6 @@ def _record_session(job: Job) -> None:
         "threads": torch.get_num_threads(),
         "versions": {"myriad": __version__, "torch": torch.__version__, "python": sys.version.split()[0]},
     }
+    if job.run.init is not None and job.progress.step == 0:
+        session["init"] = {"path": job.run.init, "digest": checkpoint.fingerprint(Path(job.run.init))}
     append_line(job.folder / "sessions.jsonl", json.dumps(session))
