@@ -2,7 +2,9 @@
 
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as the command line does, before torch is loaded
+from myriad.cli import BEFORE_TORCH
+
+os.environ.update(BEFORE_TORCH | os.environ)  # as the command line does, before torch is loaded
 
 from collections.abc import Iterator
 

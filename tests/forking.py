@@ -20,7 +20,8 @@ from calling import Result
 SERVER = """
 import ctypes, json, os, resource, signal, sys, traceback
 
-os.environ["GOMP_SPINCOUNT"] = "20000"
+from myriad.cli import BEFORE_TORCH
+os.environ.update(BEFORE_TORCH)
 import torch
 torch.set_num_threads(1)
 import matplotlib.figure, matplotlib.backends.backend_agg, numba

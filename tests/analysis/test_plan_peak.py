@@ -14,6 +14,7 @@ import torch
 
 from myriad.analysis.bench.memory import tells_peak
 from myriad.analysis.plan import Layout, memory_of
+from myriad.cli import BEFORE_TORCH
 from myriad.ffn import DenseConfig, FFNConfig, PEERConfig, TokenChoiceConfig
 from myriad.models import TransformerConfig
 from myriad.train.run import BatchConfig, BudgetConfig, DataConfig, RunConfig
@@ -43,7 +44,7 @@ def small(run: RunConfig) -> RunConfig:
 def measured(run: RunConfig, layout: Layout) -> int:
     order = {"run": run.model_dump(mode="json"), "small": small(run).model_dump(mode="json"), "layout": layout}
     command = [sys.executable, str(HERE / "peak_of_steps.py"), json.dumps(order)]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    environment = {**os.environ, **BEFORE_TORCH, "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return int(done.stdout)
 
@@ -63,6 +64,7 @@ CASES = {
     "peer, sparse gradients": (run_of(SPARSE, 1024), Layout("float32", True, 1)),
     "dense, products of bfloat16": (run_of(DenseConfig(), 1024), Layout("bfloat16 products", False, 1)),
     "token choice": (run_of(TokenChoiceConfig(), 1024), Layout("float32", False, 1)),
+    "token choice, products of bfloat16": (run_of(TokenChoiceConfig(), 1024), Layout("bfloat16 products", False, 1)),
 }
 QUICK = "dense, checkpointing"
 slow = [pytest.param(name, marks=() if name == QUICK else pytest.mark.slow) for name in CASES]

@@ -178,7 +178,9 @@ def trainings(plan: PyperPlan, clusters: Clusters, store: Store, out: Path) -> t
     ]
     if not sum(spent):
         return None, trials
-    seed = Trial("seed", "all", _apart(plan.run, store, sum(spent)), 1.0, None)
+    whole = _apart(plan.run, store, sum(spent))
+    constant = plan.run.optim.model_copy(update={"schedule": "constant"})
+    seed = Trial("seed", "all", whole.model_copy(update={"optim": constant}), 1.0, None)
     init = {"init": str(out / seed.name)}
     return seed, [trial._replace(run=trial.run.model_copy(update=init)) for trial in trials]
 

@@ -59,7 +59,7 @@ def against_dense(plan: PyperPlan, out: Path, board: Board, kernel: str | None =
     refuse_early_stopping(plan)
     store, clusters, split, seed, trials, own, parts = assemble(plan, out, board, kernel)
     spent = [*([seed] if seed else []), *trials]
-    trial = _dense(plan, spent, store)
+    trial = dense_training(plan, spent, store)
     board.expect([*spent, trial])
     outcome = finish(trial, out, board, split, kernel)
     if outcome.held_out is None:
@@ -82,7 +82,7 @@ def refuse_early_stopping(plan: PyperPlan) -> None:
         raise ConfigError("early_stopping.patience: an expert would not spend its budget; set it to null")
 
 
-def _dense(plan: PyperPlan, spent: list[Trial], store: Store) -> Trial:
+def dense_training(plan: PyperPlan, spent: list[Trial], store: Store) -> Trial:
     """The dense model's training, as long as all others together: validated as often as one expert is."""
     run, experts = plan.run, plan.clusters.clusters
     steps = sum(trial.run.budget.steps or 0 for trial in spent)

@@ -14,15 +14,25 @@ from typing import NoReturn, Self
 INTERRUPTED = 130
 """The exit code after Ctrl-C; typer's too."""
 
+BEFORE_TORCH = {
+    # Threads that spin long while they wait make a run several times slower where it shares its cores with other work;
+    # a short spin costs nothing measurable where it does not.
+    "GOMP_SPINCOUNT": "20000",
+    # How many shapes of products oneDNN and PyTorch keep code and scratch memory for: a thousand by default.
+    # A model has a few dozen that come again. But the experts of a mixture have other numbers of tokens at every step,
+    # each a shape of its own, and memory would grow to several times what training needs (docs/LOG.md).
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
+    "LRU_CACHE_CAPACITY": "64",
+}
+"""Variables that libraries read when torch is loaded."""
+
 # The numbers of malloc.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 
 
 def main() -> None:
     """Run the command line."""
-    # Read by OpenMP when torch is loaded. Threads that spin long while they wait make a run several times slower
-    # where it shares its cores with other work; a short spin costs nothing measurable where it does not.
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    os.environ.update(BEFORE_TORCH | os.environ)
     _keep_freed_memory()
     with _Interrupts() as interrupts:
         try:
