@@ -36,8 +36,11 @@ def test_the_demo_sets_a_mixture_against_a_dense_model_of_the_same_compute(myria
     assert load(out / "mixture").config.experts == EXPERTS
     runs = [read_json(out / "experts" / f"expert-{n}" / "run.json") for n in range(EXPERTS)]
     dense = read_json(out / "dense-all" / "run.json")
-    assert dense["budget"]["steps"] == sum(run["budget"]["steps"] for run in runs) == 2 * EXPERTS
+    seed = read_json(out / "seed-all" / "run.json")
+    assert [run["budget"]["steps"] for run in (seed, dense)] == [EXPERTS, 2 * EXPERTS]
+    assert all(run["budget"]["steps"] == 1 for run in runs)
     assert all(run["model"] == dense["model"] for run in runs)
+    assert all(run["init"] == str(out / "seed-all") for run in runs)
     rows = [line.split() for line in told.out.splitlines() if re.match(r" *(\d|everything) ", line)]
     assert [row[0] for row in rows] == [*map(str, range(EXPERTS)), "everything"]
     assert rows[-1][1] == f"{2 * EXPERTS * 64:,}"

@@ -64,11 +64,20 @@ def expert() -> RunConfig:
 
 
 def demo_expert() -> RunConfig:
-    """One of the eight experts of `myriad demo pyper`: two blocks, on classes and functions of the standard library."""
-    run = _small_run(SMALL, BudgetConfig(tokens=160_000), EarlyStoppingConfig())
-    data = run.data.model_copy(update={"document_start": r"^(class|def|async def|@|if __name__)"})
-    evaluation = EvaluationConfig(every=80, tokens=8192)
-    return run.model_copy(update={"data": data, "batch": BatchConfig(tokens=1024), "evaluation": evaluation})
+    """One of the eight experts of `myriad demo pyper`: two blocks, on classes and functions of the standard library.
+
+    So narrow that a model of everything has too little room: experts that divide a corpus gain from dividing it.
+    """
+    run = _small_run(
+        SMALL.model_copy(update={"d_model": 96, "heads": 4}), BudgetConfig(tokens=320_000), EarlyStoppingConfig()
+    )
+    changes = {
+        "data": run.data.model_copy(update={"document_start": r"^(class|def|async def|@|if __name__)"}),
+        "optim": run.optim.model_copy(update={"warmup": 10}),
+        "batch": BatchConfig(tokens=1024),
+        "evaluation": EvaluationConfig(every=80, tokens=8192),
+    }
+    return run.model_copy(update=changes)
 
 
 def eight() -> RunConfig:
