@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from myriad.config import ConfigError, validate
@@ -37,7 +38,9 @@ def built(config: TransformerExpertsConfig, dtype: torch.dtype = torch.float64, 
     return model
 
 
-def by_hand(model: LanguageModel, ids: Tensor, top_k: int | None = None) -> tuple[Tensor, Tensor]:
+def by_hand(
+    model: LanguageModel, ids: Tensor, top_k: int | None = None, document_start: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Log weights (B, S, E) and log probabilities (B, S, V), position by position."""
     log_p_BSVE = torch.stack([expert(ids).logits.log_softmax(-1) for expert in model.experts], dim=-1)
     log_joint_BE = model.log_prior.expand(len(ids), -1)
@@ -45,6 +48,8 @@ def by_hand(model: LanguageModel, ids: Tensor, top_k: int | None = None) -> tupl
     for at in range(ids.shape[1]):
         if at:
             log_joint_BE = log_joint_BE + log_p_BSVE[torch.arange(len(ids)), at - 1, ids[:, at]]
+        if document_start is not None:
+            log_joint_BE = torch.where((ids[:, at] == document_start).unsqueeze(1), model.log_prior, log_joint_BE)
         kept_BE = log_joint_BE.clone()
         if top_k is not None:
             kept_BE[kept_BE < kept_BE.topk(top_k).values[:, -1:]] = -torch.inf
@@ -69,6 +74,38 @@ def test_it_is_bayes_rule(top_k, expert):
     shown_BSE = torch.zeros_like(log_w_BSE).scatter(-1, routing.ids, routing.weights)
     assert (shown_BSE - log_w_BSE.exp()).abs().max() < 1e-6
     assert (routing.weights.diff(dim=-1) <= 0).all()
+
+
+@pytest.mark.parametrize("pieces", [[24], [1, 7, 1, 15], [1] * 24], ids=str)
+@torch.no_grad()
+def test_a_document_is_weighed_by_itself(pieces):
+    model = built(config_of(PosteriorRouting(document_start=7)))
+    model.log_prior.copy_(torch.tensor([0.4, 0.3, 0.2, 0.1]).log())
+    ids = IDS.clone()
+    ids[0, [3, 9]], ids[1, [0, 8, 9]], ids[2] = 7, 7, ids[2].where(ids[2] != 7, 8)
+    _, expected_BSV = by_hand(model, ids, document_start=7)
+    cache = model.new_cache()
+    logits_BSV = torch.cat([model(piece, cache=cache).logits for piece in ids.split(pieces, dim=1)], dim=1)
+    assert (logits_BSV - expected_BSV).abs().max() < 1e-9
+    _, without_BSV = by_hand(model, ids)
+    assert (logits_BSV - without_BSV)[:2].abs().max() > 1e-3
+    assert (logits_BSV - without_BSV)[2].abs().max() < 1e-9
+
+
+@torch.no_grad()
+def test_padding_begins_no_document():
+    model = built(config_of(PosteriorRouting(document_start=7)))
+    ids, mask = IDS.clone(), torch.ones_like(IDS, dtype=torch.bool)
+    ids[:, 10:12], mask[:, 10:12] = 7, False
+    ids[:, :10], ids[:, 12:] = ids[:, :10].where(ids[:, :10] != 7, 8), ids[:, 12:].where(ids[:, 12:] != 7, 8)
+    ((routing,),) = model(ids, mask=mask, with_routing=True).routing
+    ((other,),) = model(ids.where(mask, 9), mask=mask, with_routing=True).routing
+    assert torch.equal(routing.weights[mask], other.weights[mask])
+
+
+def test_a_start_beyond_the_vocabulary_is_refused():
+    with pytest.raises(ValidationError, match=r"routing\.document_start = 50 is no token of vocab_size = 50"):
+        config_of(PosteriorRouting(document_start=50))
 
 
 @torch.no_grad()

@@ -75,6 +75,12 @@ def test_the_mixture_holds_every_expert_bit_for_bit(runs, mixture):
     assert torch.allclose(found["log_prior"].exp(), torch.full((3,), 1 / 3))
 
 
+def test_the_mixture_knows_the_token_that_begins_a_document(runs, mixture, tmp_path):
+    assert checkpoint.read_config(mixture).routing == PosteriorRouting(top_k=2, document_start=256)
+    mix(runs, tmp_path / "named", PosteriorRouting(document_start=10))
+    assert checkpoint.read_config(tmp_path / "named").routing.document_start == 10
+
+
 def test_the_mixture_predicts_as_its_experts_weighed_by_their_likelihoods(runs, tmp_path):
     mix(runs, tmp_path / "mixture", PosteriorRouting())
     ids = torch.randint(257, (2, 9), generator=torch.Generator().manual_seed(0))

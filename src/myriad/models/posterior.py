@@ -5,11 +5,13 @@
 
 This is Bayes' rule over whole experts, after Branch-Train-Merge (arXiv 2208.03306, section 2.2). No router is trained,
 and every expert reads every token. The first token of a sequence is predicted by nobody and tells nothing; padding
-neither.
+neither. Where a document begins in the midst of a sequence, the weights are the prior's again: what came before was
+another text.
 
 Legend: `B` batch, `S` sequence, `T` tokens (B * S), `E` experts, `D` width.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, Self
 
@@ -43,13 +45,19 @@ class PosteriorRouting(ExpertRouting):
     kind: Literal["posterior"] = "posterior"
     top_k: int | None = Field(default=None, ge=1)
     """Experts with a weight at each position, the most probable ones; None: all."""
+    document_start: int | None = Field(default=None, ge=0)
+    """The token that stands before each document; None: a sequence is one. Mixing names that of the experts."""
 
     def refuse_misfit(self, config: TransformerExpertsConfig) -> None:
+        if self.document_start is not None and self.document_start >= (config.vocab_size or math.inf):
+            raise ValueError(
+                f"routing.document_start = {self.document_start} is no token of vocab_size = {config.vocab_size}"
+            )
         if self.top_k is not None and self.top_k > config.experts:
             raise ValueError(f"routing.top_k = {self.top_k} exceeds experts = {config.experts}")
 
     def build(self, config: TransformerExpertsConfig) -> "PosteriorMixture":
-        return PosteriorMixture(config, self.top_k)
+        return PosteriorMixture(config, self)
 
     def cost(self, config: TransformerExpertsConfig) -> Cost:
         # Beside the experts: each one's logit of the token that came.
@@ -58,7 +66,7 @@ class PosteriorRouting(ExpertRouting):
 
     @classmethod
     def examples(cls) -> Sequence[Self]:
-        return [cls(), cls(top_k=2)]
+        return [cls(document_start=3), cls(top_k=2)]
 
 
 class Seen(NamedTuple):
@@ -111,10 +119,10 @@ class PosteriorMixture(LanguageModel):
 
     log_prior: Tensor
 
-    def __init__(self, config: TransformerExpertsConfig, top_k: int | None) -> None:
+    def __init__(self, config: TransformerExpertsConfig, routing: PosteriorRouting) -> None:
         super().__init__()
         self.config: TransformerExpertsConfig = config  # pyright: ignore[reportIncompatibleVariableOverride]
-        self.top_k = top_k
+        self.top_k, self.document_start = routing.top_k, routing.document_start
         self.experts = Experts(config)
         self.register_buffer("log_prior", torch.zeros(config.experts).log_softmax(dim=0))
 
@@ -192,7 +200,18 @@ class PosteriorMixture(LanguageModel):
         # Measured from the best expert's, sums stay small where they decide: digits are not lost on long texts.
         relative_BSE = evidence_BSE - evidence_BSE.amax(dim=-1, keepdim=True).detach()
         told_BSE = torch.where(tells_BS.unsqueeze(-1), relative_BSE, 0).cumsum(dim=1)
-        return (start_BE.unsqueeze(1) + told_BSE).log_softmax(dim=-1)
+        known_BSE = start_BE.unsqueeze(1) + told_BSE
+        if self.document_start is not None:
+            known_BSE = self._since_document_start(real_BS & (ids == self.document_start), known_BSE)
+        return known_BSE.log_softmax(dim=-1)
+
+    def _since_document_start(self, starts_BS: Tensor, known_BSE: Tensor) -> Tensor:
+        """What is known where all before the last start of a document is left out."""
+        places_S = torch.arange(starts_BS.shape[1], device=starts_BS.device)
+        last_BS = torch.where(starts_BS, places_S, -1).cummax(dim=1).values
+        before_BSE = known_BSE.gather(1, last_BS.clamp(min=0).unsqueeze(-1).expand_as(known_BSE))
+        anew_BSE = self.log_prior.to(known_BSE.dtype) + known_BSE - before_BSE
+        return torch.where((last_BS >= 0).unsqueeze(-1), anew_BSE, known_BSE)
 
     def roles(self) -> dict[str, Role]:
         return {f"experts.{name}": role for name, role in self.experts.roles().items()}

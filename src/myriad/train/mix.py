@@ -30,6 +30,7 @@ from myriad.models import (
     ExpertChoiceRouting,
     ExpertRouting,
     LanguageModel,
+    PosteriorRouting,
     Transformer,
     TransformerConfig,
     TransformerExpertsConfig,
@@ -91,6 +92,11 @@ class Expert:
         path = folder / FILE_NAME
         tokenizer = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
         return cls(run, folder, config, _without_prefix(files), _without_prefix(sizes), tokenizer)
+
+    @property
+    def document_start(self) -> int | None:
+        """The token that stood before each document of its text, where its folder says so."""
+        return checkpoint.read_json(self.folder / "config.json").get("bos_token_id")
 
     def read(self, name: str) -> Tensor:
         """One tensor.
@@ -202,7 +208,8 @@ def mix(
     Args:
         runs: run folders, checkpoints or Hugging Face folders: an expert each.
         out: the folder; it must not exist, or be empty.
-        routing: how the mixture shares a text among them; the number of features is that of `clusters`.
+        routing: how the mixture shares a text among them; the number of features is that of `clusters`, and the token
+            that begins a document that of the experts' texts.
         clusters: what the experts were trained on, in their order; routing by clusters needs it.
         data: the store that the mixture is evaluated on if no other is named; None: that which was divided.
 
@@ -219,6 +226,8 @@ def mix(
         _refuse_other_clusters(experts, clusters)
     if clusters is not None and isinstance(routing, ClusterRouting):
         routing = routing.model_copy(update={"features": clusters.model.centers_CR.shape[1]})
+    if isinstance(routing, PosteriorRouting) and routing.document_start is None:
+        routing = routing.model_copy(update={"document_start": experts[0].document_start})
     layout = layout_of(routing)
     first = layout.mixture(experts[0].config)
     settings = {"vocab_size": first.vocab_size, "context": first.context, "experts": len(experts)}
