@@ -61,13 +61,7 @@ def test_one_stopped_amid_its_seed_says_how_to_go_on(server, texts):
     words = ["pyper", texts, *SMALL, "budget.steps=400", "--experts", 2, "--out", texts.parent / "out"]
     process = server.start(*words, "--seed-share", "0.5")
     metrics = texts.parent / "out" / "seed-all" / "metrics.jsonl"
-    until = time.monotonic() + 120
-    while not [*read_records(metrics)]:
-        assert time.monotonic() < until
-        time.sleep(0.002)
-    process.send(signal.SIGINT)
-    stopped = process.wait()
-    assert stopped.code == 0, stopped.err
+    stopped = stop_amid(process, metrics)
     assert "--seed-share 0.5" in stopped.out
     assert not (texts.parent / "out" / "experts" / "expert-0").exists()
 
@@ -100,13 +94,7 @@ def test_one_that_ctrl_c_stopped_amid_an_expert_goes_on_to_the_same_figures(serv
     assert server.run(*words, undisturbed).code == 0
     process = server.start(*words, out)
     second = out / "experts" / "expert-1" / "metrics.jsonl"
-    until = time.monotonic() + 120
-    while not [*read_records(second)]:
-        assert time.monotonic() < until
-        time.sleep(0.002)
-    process.send(signal.SIGINT)
-    stopped = process.wait()
-    assert stopped.code == 0, stopped.err
+    stopped = stop_amid(process, second)
     assert f"{second.parent}: saved (SIGINT at step " in stopped.out
     assert "; to continue: myriad pyper " in stopped.out
     assert max(record["step"] for record in read_records(second)) < 40
@@ -115,6 +103,18 @@ def test_one_that_ctrl_c_stopped_amid_an_expert_goes_on_to_the_same_figures(serv
     assert result.code == 0, result.err
     assert read_json(out / "figures.json")["found"] == read_json(undisturbed / "figures.json")["found"]
     assert told(second) == told(undisturbed / "experts" / "expert-1" / "metrics.jsonl")
+
+
+def stop_amid(process, metrics):
+    """Send Ctrl-C once a run has a figure, and wait for the command to end well."""
+    until = time.monotonic() + 120
+    while not [*read_records(metrics)]:
+        assert time.monotonic() < until
+        time.sleep(0.002)
+    process.send(signal.SIGINT)
+    stopped = process.wait()
+    assert stopped.code == 0, stopped.err
+    return stopped
 
 
 def told(metrics):
