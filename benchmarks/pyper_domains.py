@@ -74,10 +74,9 @@ def one_seed(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     )
     with opened(out, plan), TerminalBoard(Console(stderr=True, highlight=False)) as board:
         made = assemble(plan, out, board, None)
-        spent = [*([made.seed] if made.seed else []), *made.trials]
-        dense = dense_training(plan, spent, made.store)
+        dense = dense_training(plan, made.spent, made.store)
         chosen = Trial("chosen", "all", choosing(dense.run), 1.0, None)
-        board.expect([*spent, dense, chosen])
+        board.expect([*made.spent, dense, chosen])
         for trial in (dense, chosen):
             finish(trial, out, board, None, None)
     folders = {"dense": out / dense.name, "mixture": out / MIXTURE, "chosen": out / chosen.name}
@@ -90,7 +89,7 @@ def one_seed(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     return {
         "seed": seed,
         "configs": {"expert": plan.run.digest(), "dense": dense.run.digest(), "chosen": chosen.run.digest()},
-        "tokens": {"expert": [trial.tokens for trial in spent], "dense": dense.tokens, "chosen": chosen.tokens},
+        "tokens": {"expert": [trial.tokens for trial in made.spent], "dense": dense.tokens, "chosen": chosen.tokens},
         "parameters": {name: load(folder).config.cost()._asdict() for name, folder in folders.items()},
         "bits_per_byte": {
             name: {on: each.bits_per_byte for on, each in texts.items()} | {"everything": overall(texts.values())}
@@ -143,7 +142,7 @@ def shares(run: Path, store: Path, split: str) -> list[float]:
 def show(found: list[dict[str, Any]]) -> None:
     """A table: bits per byte, mean and standard deviation over seeds."""
     texts = list(found[0]["bits_per_byte"]["dense"])
-    print("| | " + " | ".join(texts) + " |\n|---" * 1 + "|---" * len(texts) + "|")
+    print("| | " + " | ".join(texts) + " |\n|---" + "|---" * len(texts) + "|")
     for name in CONTENDERS:
         cells = []
         for text in texts:

@@ -83,6 +83,11 @@ class Assembled(NamedTuple):
     parts: list[Path]
     """The domains' stores."""
 
+    @property
+    def spent(self) -> list[Trial]:
+        """All that was trained."""
+        return [*([self.seed] if self.seed else []), *self.trials]
+
 
 class Made(NamedTuple):
     """A mixture that is finished and measured."""

@@ -57,10 +57,10 @@ def against_dense(plan: PyperPlan, out: Path, board: Board, kernel: str | None =
     Args, errors: as those of `make`.
     """
     refuse_early_stopping(plan)
-    store, clusters, split, seed, trials, own, parts = assemble(plan, out, board, kernel)
-    spent = [*([seed] if seed else []), *trials]
-    trial = dense_training(plan, spent, store)
-    board.expect([*spent, trial])
+    made = assemble(plan, out, board, kernel)
+    store, clusters, split, _, trials, own, parts = made
+    trial = dense_training(plan, made.spent, store)
+    board.expect([*made.spent, trial])
     outcome = finish(trial, out, board, split, kernel)
     if outcome.held_out is None:
         raise ConfigError(f"{out / trial.name}: {outcome.diverged}")

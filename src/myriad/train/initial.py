@@ -1,6 +1,5 @@
 """The weights that a run starts from: random ones, or those of a model that was trained before."""
 
-import hashlib
 from pathlib import Path
 
 from myriad import checkpoint
@@ -47,9 +46,5 @@ def initial_model(run: RunConfig, tokenizer: Path) -> LanguageModel:
 
 def _refuse_other_tokenizer(init: str, theirs: Path, mine: Path) -> None:
     """Weights know tokens by number: a folder that names no tokenizer is taken at its word."""
-    if theirs.exists() and mine.exists() and _hash(theirs) != _hash(mine):
+    if theirs.exists() and mine.exists() and checkpoint.hash_file(theirs) != checkpoint.hash_file(mine):
         raise ConfigError(f"init: {init}: was trained with another tokenizer than that of {mine.parent}")
-
-
-def _hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
