@@ -38,6 +38,7 @@ CONDUCTED = SimpleNamespace(
     split="test",
     sweep=[],
     multipliers={},
+    at_a_time=1,
 )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from comparing import write_list
 
 from calling import Result
 from myriad import presets
@@ -22,7 +23,6 @@ from myriad.config import ConfigError
 from myriad.data.prepare import Recipe, prepare
 from myriad.train import loop
 from myriad.train.record import read_records
-from tiny import tiny_model, tiny_run
 
 CLOCK = {"tokens_per_second", "seconds", "peak_bytes", "sessions", "command"}
 BUDGETS = ("--budget", "1.5e8flops", "--budget", "3e8flops")
@@ -51,16 +51,9 @@ def plain_figures(monkeypatch):
 
 @pytest.fixture(scope="module")
 def folder(store, tmp_path_factory) -> Path:
-    """Holds `small.yaml`, a run, and `list.yaml`, which makes two contenders of it."""
+    """Holds the files of a small comparison."""
     folder = tmp_path_factory.mktemp("compare")
-    run = tiny_run(store, model=tiny_model(layers=1, d_model=16)).model_dump(mode="json")
-    run |= {"budget": {"steps": 6}, "checkpoint": {"every": 4}, "batch": {"tokens": 128}, "out": None}
-    run["evaluation"] = {"every": 4, "tokens": 256}
-    (folder / "small.yaml").write_text(yaml.safe_dump(run))
-    dense = "small.yaml 'model.ffns={dense: {kind: dense, d_hidden: 40}}' model.pattern=[dense]"
-    (folder / "list.yaml").write_text(
-        yaml.safe_dump({"contenders": {"peer": "small.yaml", "dense": dense}}, sort_keys=False)
-    )
+    write_list(folder, store)
     return folder
 
 
@@ -306,6 +299,8 @@ BAD = {
     "one contender": (["demo-peer"], "contenders: expected two or more, found demo-peer"),
     "the same twice": (["demo-peer", "demo-peer"], "contenders: two are called 'demo-peer'"),
     "no seeds": (["LIST", "--seeds", "0"], "--seeds: expected 1 or more, found 0"),
+    "no jobs": (["LIST", "--jobs", "0"], "--jobs: expected 1 or more, found 0"),
+    "fewer than none": (["LIST", "--jobs", "-2"], "--jobs: expected 1 or more, found -2"),
     "an unknown unit": (["LIST", "--budget", "1e9flop"], "--budget: unknown unit 'flop'; did you mean 'flops'?"),
     "no unit": (["LIST", "--budget", "1e9"], "--budget: expected a number with a unit"),
     "no number": (["LIST", "--budget", "many"], "--budget: expected a number with a unit"),
@@ -405,7 +400,7 @@ def test_a_list_that_cannot_be_read_is_refused(content, part, tmp_path, myriad):
 def test_under_torchrun_it_is_refused(folder, myriad, tmp_path, monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    assert "runs in one process" in myriad("compare", folder / "list.yaml", "--out", tmp_path / "out").err
+    assert "trains each run in one process" in myriad("compare", folder / "list.yaml", "--out", tmp_path / "out").err
 
 
 def test_a_list_is_read_from_where_it_stands(folder, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +18,14 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from myriad.analysis.compare.conduct import Conducted
+    from myriad.analysis.compare.conduct import Conducted, Work
     from myriad.analysis.compare.plan import Budget, Plan
     from myriad.analysis.compare.standings import Standings
     from myriad.analysis.routing import LayerUsage
     from myriad.train import RunConfig
 
+ONE = "--one"
+"""By which a comparison calls this command for one of its runs."""
 USAGE_TOKENS = 32_768
 WIDTH = 160
 """Columns where the output is no terminal."""
@@ -51,22 +54,51 @@ def compare(
     ),
     out: Path = typer.Option(Path("runs/compare"), help="Where to put runs, table, plot and report."),
     kernels: str = typer.Option(None, help="auto, reference, ...; default: as before when resuming, else auto."),
+    jobs: int = typer.Option(1, help="How many runs to train at a time, each in a process of its own."),
     quiet: bool = typer.Option(False, "--quiet", help="Show no progress."),
+    one: bool = typer.Option(False, ONE, hidden=True, help="Train the run that standard input describes, for --jobs."),
 ) -> None:
     """Compare feed-forward layers at the same compute. Called again, it goes on where it stopped."""
+    if one:
+        from myriad.analysis.compare.worker import work
+
+        work()
+        return
     from myriad.analysis.compare.board import TerminalBoard
     from myriad.analysis.compare.conduct import Stopped, conduct, opened
 
+    workers = _workers(jobs, _imports(command))
     plan = _plan(words, budget, seeds, sweep_lr, allow)
-    again = shlex.join(_again(command, words, budget, seeds, sweep_lr, allow, out))
+    again = shlex.join(_again(_imports(command), words, budget, seeds, sweep_lr, allow, out, jobs))
     with opened(out, plan):
         try:
             with TerminalBoard(_console(stderr=True, quiet=quiet)) as board:
-                conducted = conduct(plan, out, board, kernels)
+                conducted = conduct(plan, out, board, kernels, workers)
         except Stopped as stopped:
             typer.echo(f"{stopped}; to continue: {again}")
             return
         _report(conducted, out, again)
+
+
+def _imports(command: typer.Context) -> list[str]:
+    """The options of `myriad` that import the user's modules."""
+    modules = command.parent.params.get("imports", []) if command.parent else []
+    return [word for module in modules for word in ("--import", module)]
+
+
+def _workers(jobs: int, imports: Sequence[str]) -> Work:
+    """What trains the runs: this process one after another, or several of their own.
+
+    Raises:
+        ConfigError: it cannot be so many.
+    """
+    from myriad.analysis.compare.conduct import in_turn
+    from myriad.analysis.compare.crew import Crew
+    from myriad.config import ConfigError
+
+    if jobs < 1:
+        raise ConfigError(f"--jobs: expected 1 or more, found {jobs}")
+    return in_turn if jobs == 1 else Crew(jobs, [sys.executable, "-m", "myriad", *imports, "compare", ONE])
 
 
 def _console(**options: Any) -> Console:
@@ -86,7 +118,7 @@ def _plan(words: Sequence[str], budgets: Sequence[str], seeds: int, sweep_lr: bo
     from myriad.distributed import LAUNCHED
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and all(name in os.environ for name in LAUNCHED):
-        raise ConfigError("compare: runs in one process; start it without torchrun")
+        raise ConfigError("compare: trains each run in one process; start it without torchrun")
     if seeds < 1:
         raise ConfigError(f"--seeds: expected 1 or more, found {seeds}")
     contenders = resolve_contenders([word for word in words if "=" not in word], [w for w in words if "=" in w])
@@ -169,31 +201,30 @@ def _listed(path: Path) -> dict[str, list[str]] | None:
 
 
 def _again(
-    command: typer.Context,
+    imports: Sequence[str],
     words: Sequence[str],
     budgets: Sequence[str],
     seeds: int,
     sweep_lr: bool,
     allow: Sequence[str],
     out: Path,
+    jobs: int,
 ) -> list[str]:
     """The command that goes on with this comparison, or makes it anew elsewhere."""
-    imports = command.parent.params.get("imports", []) if command.parent else []
-    options = [word for module in imports for word in ("--import", module)]
-    line = ["myriad", *options, "compare", *words]
+    line = ["myriad", *imports, "compare", *words]
     for budget in budgets:
         line += ["--budget", budget]
     line += ["--seeds", str(seeds), *(["--sweep-lr"] if sweep_lr else [])]
     for setting in allow:
         line += ["--allow", setting]
-    return [*line, "--out", str(out)]
+    return [*line, "--out", str(out), *(["--jobs", str(jobs)] if jobs > 1 else [])]
 
 
 def _report(conducted: Conducted, out: Path, again: str) -> None:
     """Write all that a comparison gives, and show the table."""
     from myriad.analysis.compare.page import write_page
     from myriad.analysis.compare.standings import load_courses, load_standings, verdicts
-    from myriad.analysis.compare.tables import to_csv, to_json, to_markdown
+    from myriad.analysis.compare.tables import clocks, to_csv, to_json, to_markdown
     from myriad.analysis.plots import loss_against_flops
 
     standings = load_standings(conducted, out)
@@ -218,7 +249,7 @@ def _report(conducted: Conducted, out: Path, again: str) -> None:
     if not console.is_terminal:
         console.width = WIDTH
     _print_table(console, standings)
-    for sentence in verdicts(standings):
+    for sentence in (*clocks(conducted), *verdicts(standings)):
         typer.echo(sentence)
     typer.echo(f"{out / 'report.html'}, results.md, results.csv, results.json, loss-against-flops.png: written")
 

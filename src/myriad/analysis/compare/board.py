@@ -1,10 +1,18 @@
-"""One display for all runs of a comparison: how far the whole is, and how the run in the making goes."""
+"""One display for all runs of a comparison: how far the whole is, and how the runs in the making go."""
 
 from collections.abc import Sequence
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from myriad.analysis.compare.conduct import Outcome
 from myriad.analysis.compare.plan import Trial
@@ -12,7 +20,7 @@ from myriad.train.record import Display, Numbers, Record
 
 
 class TerminalBoard:
-    """Two live bars on a terminal, of all runs and of one; elsewhere a line when a run begins and when it ends."""
+    """Live bars on a terminal, of all runs and of each in the making; elsewhere a line when one begins and ends."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -28,8 +36,12 @@ class TerminalBoard:
             disable=not console.is_terminal,
         )
         self._whole = self._bars.add_task("preparing", total=None, numbers="")
-        self._one = self._bars.add_task("", total=None, numbers="", visible=False)
-        self._runs = self._ended = self._spent = 0
+        self._free: list[TaskID] = []
+        self._bar: dict[str, TaskID] = {}
+        """Of each run in the making."""
+        self._tokens: dict[str, int] = {}
+        """Of each run, so far."""
+        self._runs = self._begun = 0
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -44,35 +56,45 @@ class TerminalBoard:
 
     def begin(self, trial: Trial | None) -> Display:
         if trial is None:
-            return _View(self, 0)
+            return _View(self, "", 0)
+        self._begun += 1
         if not self._console.is_terminal:
-            self.note(f"{trial.name}: run {self._ended + 1} of {self._runs}, {trial.tokens:,} tokens")
-        self._bars.reset(self._one, description=trial.name, total=None, visible=True, numbers="")
-        return _View(self, trial.run.batch.tokens)
+            self.note(f"{trial.name}: run {self._begun} of {self._runs}, {trial.tokens:,} tokens")
+        bar = self._free.pop() if self._free else self._bars.add_task("", total=None, numbers="")
+        self._bars.reset(bar, description=trial.name, total=None, numbers="")
+        self._bar[trial.name] = bar
+        return _View(self, trial.name, trial.run.batch.tokens)
 
-    def training(self, step: int, tokens: int, numbers: str) -> None:
-        """The run in the making is after a step, and so many tokens."""
-        self._bars.update(self._one, completed=step, numbers=numbers)
-        self._bars.update(self._whole, completed=self._spent + tokens, numbers=f"run {self._ended + 1}/{self._runs}")
+    def training(self, name: str, step: int, tokens: int, numbers: str) -> None:
+        """A run in the making is after a step, and so many tokens."""
+        self._bars.update(self._bar[name], completed=step, numbers=numbers)
+        self._count(name, tokens)
 
-    def started(self, steps: int) -> None:
-        """The run in the making has so many steps."""
-        self._bars.update(self._one, total=steps)
+    def started(self, name: str, steps: int) -> None:
+        """A run in the making has so many steps."""
+        self._bars.update(self._bar[name], total=steps)
 
     def measuring(self, trial: Trial, tokens: int, total: int) -> None:
-        title = f"{trial.name}, held-out text"
-        if self._bars.tasks[self._one].description != title:
-            self._bars.reset(self._one, description=title, total=total, numbers="")
-        self._bars.update(self._one, advance=tokens)
+        title, bar = f"{trial.name}, held-out text", self._bar[trial.name]
+        if next(task for task in self._bars.tasks if task.id == bar).description != title:
+            self._bars.reset(bar, description=title, total=total, numbers="")
+        self._bars.update(bar, advance=tokens)
 
     def end(self, trial: Trial, outcome: Outcome, new: bool) -> None:
-        self._ended += 1
-        self._spent += trial.tokens
-        self._bars.update(self._whole, completed=self._spent, numbers=f"run {self._ended}/{self._runs}")
+        if trial.name in self._bar:
+            self._free.append(self._bar.pop(trial.name))
+        else:  # it did not begin here
+            self._begun += 1
+        self._count(trial.name, trial.tokens)
         self.note(f"{trial.name}: {_describe(outcome)}{'' if new else ' (finished before)'}")
 
     def note(self, text: str) -> None:
         self._console.print(text, markup=False)
+
+    def _count(self, name: str, tokens: int) -> None:
+        """A run has so many tokens by now."""
+        self._tokens[name] = tokens
+        self._bars.update(self._whole, completed=sum(self._tokens.values()), numbers=f"run {self._begun}/{self._runs}")
 
 
 def _describe(outcome: Outcome) -> str:
@@ -86,8 +108,8 @@ def _describe(outcome: Outcome) -> str:
 class _View:
     """The display of one run, on the board of all."""
 
-    def __init__(self, board: TerminalBoard, tokens_per_step: int) -> None:
-        self._board, self._tokens_per_step = board, tokens_per_step
+    def __init__(self, board: TerminalBoard, name: str, tokens_per_step: int) -> None:
+        self._board, self._name, self._tokens_per_step = board, name, tokens_per_step
         self._numbers = Numbers()
 
     def __enter__(self) -> Self:
@@ -97,12 +119,12 @@ class _View:
         pass
 
     def start(self, step: int, steps: int) -> None:
-        self._board.started(steps)
-        self._board.training(step, step * self._tokens_per_step, "")
+        self._board.started(self._name, steps)
+        self._board.training(self._name, step, step * self._tokens_per_step, "")
 
     def show(self, record: Record) -> None:
         self._numbers.take(record)
-        self._board.training(record["step"], record["tokens"], str(self._numbers))
+        self._board.training(self._name, record["step"], record["tokens"], str(self._numbers))
 
     def note(self, text: str) -> None:
         self._board.note(text)

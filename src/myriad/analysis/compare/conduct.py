@@ -1,7 +1,10 @@
-"""Training what a plan names, one run after another; what is finished is skipped, what is not goes on.
+"""Training what a plan names, one run after another or several at a time (`crew`).
+
+What is finished is skipped, what is not goes on.
 
 OUT/
   plan.json            the whole plan: a comparison goes on only if it is the same, or adds seeds or budgets
+  jobs.json            how many runs were trained at a time, at most, where that was more than one
   runs/NAME-.../       run folders, with outcome.json when they are finished and measured
   runs/data/...        the store, where the data were a source
 """
@@ -22,7 +25,7 @@ from myriad.analysis.compare.plan import FolderPlan, Plan, Trial, refuse_other_s
 from myriad.analysis.curve import LearningCurve
 from myriad.analysis.measure import measure_run
 from myriad.analysis.peak_memory import PeakMemory
-from myriad.checkpoint import INDEX, naming, read_json
+from myriad.checkpoint import INDEX, CheckpointError, naming, read_json
 from myriad.config import Config, ConfigError, first_difference, validate
 from myriad.data.store import Store
 from myriad.evaluate import Perplexity
@@ -31,7 +34,7 @@ from myriad.train.job import DivergedError
 from myriad.train.record import Display
 from myriad.train.stores import ensure_store, store_path, with_store_vocabulary
 
-PLAN, RUNS, OUTCOME = "plan.json", "runs", "outcome.json"
+PLAN, JOBS, RUNS, OUTCOME = "plan.json", "jobs.json", "runs", "outcome.json"
 
 
 class Stopped(Exception):
@@ -85,6 +88,20 @@ class Board(Protocol):
         ...
 
 
+Done = tuple[Trial, Outcome]
+"""A run, and how it ended."""
+
+
+class Work(Protocol):
+    """How runs that do not depend on each other are brought to their ends."""
+
+    def __call__(
+        self, trials: Sequence[Trial], runs: Path, board: Board, split: str | None, kernel: str | None
+    ) -> list[Done]:
+        """Do what `finish` does for each; the list is in the order of the trials."""
+        ...
+
+
 class Conducted(NamedTuple):
     """A comparison whose runs are all finished."""
 
@@ -93,9 +110,11 @@ class Conducted(NamedTuple):
     store: Store
     split: str
     """That of the held-out text."""
-    sweep: list[tuple[Trial, Outcome]]
+    sweep: list[Done]
     multipliers: dict[str, float]
-    trials: list[tuple[Trial, Outcome]]
+    trials: list[Done]
+    at_a_time: int
+    """How many runs shared the machine, at most, while speeds were measured."""
 
 
 @contextmanager
@@ -143,7 +162,12 @@ def _difference(plan: Config, recorded: dict[str, Any]) -> str:
     return first_difference(mine, recorded)
 
 
-def conduct(plan: Plan, out: Path, board: Board, kernel: str | None = None) -> Conducted:
+def in_turn(trials: Sequence[Trial], runs: Path, board: Board, split: str | None, kernel: str | None) -> list[Done]:
+    """One run after another, in this process."""
+    return [(trial, finish(trial, runs, board, split, kernel)) for trial in trials]
+
+
+def conduct(plan: Plan, out: Path, board: Board, kernel: str | None = None, work: Work = in_turn) -> Conducted:
     """Train and measure all that a plan names, in a folder that is `opened`.
 
     Args:
@@ -151,6 +175,7 @@ def conduct(plan: Plan, out: Path, board: Board, kernel: str | None = None) -> C
         out: the folder.
         board: shows how it goes.
         kernel: the kernels to use; None: those that a run has used before, else `auto`.
+        work: how the runs are trained: those of the sweep first, as the others take its learning rates.
 
     Raises:
         ConfigError: a budget that is less than a step, stores that differ.
@@ -162,11 +187,11 @@ def conduct(plan: Plan, out: Path, board: Board, kernel: str | None = None) -> C
     board.expect([*sweep, *resolved.trials(dict.fromkeys(resolved.contenders, 1.0))])
     write_plan(out, plan)
     split = "test" if "test" in store.index.splits else "validation"
-    tried = [(trial, finish(trial, out / RUNS, board, None, kernel)) for trial in sweep]
+    tried = work(sweep, out / RUNS, board, None, kernel)
     multipliers = _best_multipliers(resolved, tried)
     trials = resolved.trials(multipliers)
-    done = [(trial, finish(trial, out / RUNS, board, split, kernel)) for trial in trials]
-    return Conducted(resolved, store, split, tried, multipliers, done)
+    done = work(trials, out / RUNS, board, split, kernel)
+    return Conducted(resolved, store, split, tried, multipliers, done, most_at_a_time(out))
 
 
 def _resolve(plan: Plan, runs: Path, board: Board) -> tuple[Store, Plan]:
@@ -184,7 +209,7 @@ def _resolve(plan: Plan, runs: Path, board: Board) -> tuple[Store, Plan]:
 def finish(trial: Trial, runs: Path, board: Board, split: str | None, kernel: str | None) -> Outcome:
     """Bring a run to its end, and measure it on a split if one is named."""
     folder = runs / trial.name
-    outcome = _recorded(folder)
+    outcome = recorded(folder)
     if outcome is not None:
         board.end(trial, outcome, new=False)
         return outcome
@@ -220,7 +245,7 @@ def _measure(trial: Trial, folder: Path, split: str, board: Board) -> dict[str, 
     return {"held_out": HeldOut(split=split, **found.perplexity._asdict())}
 
 
-def _recorded(folder: Path) -> Outcome | None:
+def recorded(folder: Path) -> Outcome | None:
     """How a run ended, if it did and its weights are those that were measured."""
     if not (folder / OUTCOME).exists():
         return None
@@ -233,7 +258,7 @@ def _index_hash(folder: Path) -> str | None:
     return hashlib.sha256(index.read_bytes()).hexdigest() if index.exists() else None
 
 
-def _best_multipliers(plan: Plan, tried: list[tuple[Trial, Outcome]]) -> dict[str, float]:
+def _best_multipliers(plan: Plan, tried: list[Done]) -> dict[str, float]:
     """Of each contender that of the trial with the lowest validation loss; 1 where there is none."""
     best = dict.fromkeys(plan.contenders, 1.0)
     for name in best:
@@ -249,6 +274,21 @@ def _best_multipliers(plan: Plan, tried: list[tuple[Trial, Outcome]]) -> dict[st
 def write_plan(out: Path, plan: Config) -> None:
     """Note what a folder's runs are for."""
     write(out / PLAN, json.dumps(plan.model_dump(mode="json"), indent=1))
+
+
+def note_at_a_time(out: Path, count: int) -> None:
+    """Note that so many runs share the machine: what their clocks say stays marked, whoever reads it later."""
+    if count > most_at_a_time(out):
+        write(out / JOBS, json.dumps({"at_a_time": count}))
+
+
+def most_at_a_time(out: Path) -> int:
+    """How many of a comparison's runs were trained at a time, at most."""
+    try:
+        count = read_json(out / JOBS).get("at_a_time")
+    except CheckpointError:
+        return 1
+    return count if isinstance(count, int) else 1
 
 
 def write(path: Path, text: str) -> None:

@@ -127,6 +127,16 @@ def conditions(standings: Standings, conducted: Conducted) -> Iterator[str]:
     if conducted.sweep:
         share = f"{100 * SWEEP_SHARE:g} %"
         yield f"Each contender's learning rates were chosen by a sweep on {share} of the largest budget."
+    yield from clocks(conducted)
+
+
+def clocks(conducted: Conducted) -> Iterator[str]:
+    """What a reader of speeds and times must know."""
+    if conducted.at_a_time > 1:
+        yield (
+            f"tokens/s measured with up to {conducted.at_a_time} runs at a time on the same machine: "
+            "a run that has it to itself may be faster."
+        )
 
 
 def to_csv(standings: Standings) -> str:
@@ -146,6 +156,7 @@ def to_json(standings: Standings, conducted: Conducted, command: str) -> str:
         "plan": conducted.plan.digest(),
         "data": {"split": conducted.split, "sha256": conducted.store.split(conducted.split).sha256},
         "python": platform.python_version(),
+        "runs_at_a_time": conducted.at_a_time,
         "reference": standings.reference,
         "verdicts": list(verdicts(standings)),
         "standings": [standing.record(standings.reference_of(standing)) for standing in standings.all],
