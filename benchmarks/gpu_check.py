@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,19 +83,20 @@ def check(options: argparse.Namespace, report: dict[str, Any]) -> None:
     if interpreted:
         print("A smoke run: none of these figures is a measurement.")
     print(f"{report['device']}: copies {report['copy_gigabytes_per_second']:,.0f} GB/s")
+    for measure in (bench.whole_model, bench.decode):
+        report[measure.__name__] = bench.or_out_of_memory(measure)
+        print(measure.__name__, json.dumps(report[measure.__name__]))
     for shape in tiny() if interpreted else shapes(options.quick):
         rows = bench.no_time_left(shape) or bench.measure(shape, report["copy_gigabytes_per_second"])
         report["measurements" if isinstance(rows, list) else "skipped"] += rows if isinstance(rows, list) else [rows]
-    for measure in (bench.whole_model, bench.decode):
-        report[measure.__name__] = bench.no_time_left(measure.__name__) or bench.or_out_of_memory(measure)
-        print(measure.__name__, json.dumps(report[measure.__name__]))
     report["seconds"] = round(time.monotonic() - STARTED, 1)
 
 
 def run_tests() -> dict[str, Any]:
-    """The GPU's tests in a process of their own."""
+    """The GPU's tests in processes of their own: most of their time goes into compiling kernels."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", TESTS]
+    command += ["-n", str(min(12, os.cpu_count() or 1))] if find_spec("xdist") else []
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     print(done.stdout[-4000:])
     return {"passed": done.returncode == 0, "summary": (done.stdout.splitlines() or [""])[-1]}
@@ -281,18 +283,23 @@ class Bench:
         with self.device:
             model = config.build()
             ids = torch.randint(config.vocab_size, (batch, config.context + 1))
-        step = model_step(model, ids, self.device)
-        for _ in range(3 if self.on_gpu else 0):
-            step()
-        ms = [self.once(step) for _ in range(rounds)]
         tokens = batch * config.context
-        return {
+        found: dict[str, Any] = {
             "preset": "peer-256x256" if self.on_gpu else "a tiny stand-in",
             "tokens_per_step": tokens,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "tokens_per_second": round(1e3 * tokens / statistics.median(ms), 1),
-            "slowest_and_fastest": [round(1e3 * tokens / extreme, 1) for extreme in (max(ms), min(ms))],
         }
+        for windows in sorted({min(32, batch), batch}):  # the preset's, and the whole step at once
+            step = model_step(model, ids, windows, self.device)
+            for _ in range(3 if self.on_gpu else 0):
+                step()
+            ms = [self.once(step) for _ in range(rounds)]
+            found[f"micro-batches of {windows * config.context} tokens"] = {
+                "tokens_per_second": round(1e3 * tokens / statistics.median(ms), 1),
+                "slowest_and_fastest": [round(1e3 * tokens / extreme, 1) for extreme in (max(ms), min(ms))],
+                "peak_bytes": torch.cuda.max_memory_allocated() if self.on_gpu else None,
+            }
+        return found
 
 
 def new_layer(shape: Shape, device: Any) -> Any:
@@ -436,13 +443,13 @@ def peer_pytorch_step(shape: Shape, device: Any) -> Step:
     return step
 
 
-def model_step(model: Any, ids: Any, device: Any) -> Step:
-    """A training step of a language model on the same random tokens."""
+def model_step(model: Any, ids: Any, windows: int, device: Any) -> Step:
+    """A training step of a language model on the same random tokens, in micro-batches of so many windows."""
     from myriad.train.optim import build_optimizer, clip_gradients
     from myriad.train.precision import autocast
 
     optimizer = build_optimizer(model, lr=1e-4)
-    micro_batches = ids.split(32)
+    micro_batches = ids.split(windows)
 
     def step() -> None:
         loads = []

@@ -17,6 +17,8 @@ from myriad.kernels import (
     names,
     product_key,
     registry,
+    rounded_adamw,
+    softmax_gradient,
     use,
     value_lookup,
 )
@@ -163,7 +165,7 @@ def test_choices_refuse_what_cannot_run(fake_op):
 
 def test_every_op_runs_through_the_registry(monkeypatch):
     asked = []
-    for module in ("product_key", "expert_lookup", "value_lookup", "table_update"):
+    for module in ("product_key", "expert_lookup", "value_lookup", "table_update", "rounded_adamw", "cross_entropy"):
         path = f"myriad.kernels.{module}"
         monkeypatch.setattr(sys.modules[path], "resolve", lambda op, *what: (asked.append(op), resolve(op, *what))[1])
     table = torch.randn(4, 3)
@@ -172,7 +174,10 @@ def test_every_op_runs_through_the_registry(monkeypatch):
     value_lookup(ids.flatten(1), torch.ones(2, 1), table)
     moments = torch.zeros(4, 3), torch.zeros(4, 3)
     lazy_adam(table, *moments, torch.ones(4, 3), lr=0.1, betas=(0.9, 0.999), eps=1e-8, step=1)
-    assert asked == ["product_key", "expert_lookup", "value_lookup", "table_update"]
+    options = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "step": 1, "seed": 0}
+    rounded_adamw(*(torch.zeros(4).bfloat16() for _ in range(3)), torch.ones(4), **options)
+    softmax_gradient(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), 2)
+    assert asked == ["product_key", "expert_lookup", "value_lookup", "table_update", "rounded_adamw", "cross_entropy"]
 
 
 class TestComputesDirectly:

@@ -111,3 +111,7 @@ def test_other_tensors_are_refused():
         rounded_adamw(state[0].float(), *state[1:], torch.ones(6), **OPTIONS, step=1, seed=0)
     with pytest.raises(ValueError, match="contiguous and bfloat16"):
         rounded_adamw(*(part.view(2, 3).T for part in state), torch.ones(3, 2), **OPTIONS, step=1, seed=0)
+    with pytest.raises(ValueError, match=r"the weight's shape \(6,\)"):
+        rounded_adamw(*state, torch.ones(2, 3), **OPTIONS, step=1, seed=0)
+    with pytest.raises(ValueError, match=r"the weight's shape \(6,\)"):
+        rounded_adamw(*state[:2], state[2][:5], torch.ones(6), **OPTIONS, step=1, seed=0)

@@ -11,7 +11,17 @@ import torch
 import triton_form
 from torch import Tensor
 
-from myriad.kernels import expert_lookup, lazy_adam, new_moments, product_key, use, value_lookup
+from myriad.kernels import (
+    cross_entropy,
+    expert_lookup,
+    lazy_adam,
+    new_moments,
+    product_key,
+    rounded_adamw,
+    softmax_gradient,
+    use,
+    value_lookup,
+)
 
 pytest.importorskip("triton.backends.nvidia", reason="this build of Triton has no compiler for CUDA")
 HOPPER = ("cuda", 90, 32)
@@ -122,21 +132,18 @@ def test_value_lookup(dtype, compiled, tmp_path):
 
 @pytest.mark.parametrize(
     ("tokens", "side", "k", "dtype"),
-    [(64, 1024, 16, torch.float32), (1, 256, 64, torch.float32), (64, 5, 25, torch.bfloat16)],
+    [
+        (64, 1024, 16, torch.float32),
+        (1, 256, 64, torch.float32),
+        (64, 256, 16, torch.bfloat16),
+        (64, 5, 25, torch.bfloat16),
+    ],
 )
-def test_product_key(tokens, side, k, dtype, compiled, tmp_path, monkeypatch):
-    module = triton_form.module("product_key")
-    forward = module.forward
-
-    def with_true_ids(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        scores, ids = forward(queries, keys, k)
-        return scores, ids.zero_()  # nothing ran: the backward pass sorts what is there
-
-    forms = triton_form.registry._implementations["product_key"]
-    functions = forms["triton"].functions._replace(forward=with_true_ids)
-    monkeypatch.setitem(forms, "triton", forms["triton"]._replace(functions=functions))
+def test_product_key(tokens, side, k, dtype, compiled, tmp_path):
     product_key(normal(tokens, 1, 2, 128, dtype=dtype), normal(2, side, 128, dtype=dtype), k)[0].sum().backward()
-    assert set(compiled) == {"_scores", "_top_rows", "_top_sums", "_bag_sum", "_piece_sums", "_row_sums"}
+    narrow, maxima = dtype == torch.bfloat16, {"_maxima"} if side > 5 else set()
+    gradients = {"_sub_key_sums"} if narrow else {"_piece_sums", "_row_sums"}
+    assert set(compiled) == {"_scores", "_top_rows", "_top_sums", "_winners_sub_keys"} | maxima | gradients
     for kernel in compiled.values():
         assert_is_sound(kernel, tmp_path)
     if tokens > 32:
@@ -153,3 +160,37 @@ def test_table_update(layout, dtype, compiled, tmp_path):
     (kernel,) = compiled.values()
     assert_is_sound(kernel, tmp_path)
     assert WIDE_LOAD in kernel.asm["ptx"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [4096, 700])
+def test_rounded_adamw(count, dtype, compiled, tmp_path):
+    """Whole blocks, which all loads of are wide, and the block of the rest."""
+    state = (torch.zeros(count, dtype=torch.bfloat16) for _ in range(3))
+    options = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "step": 1, "seed": 0}
+    rounded_adamw(*state, torch.ones(count, dtype=dtype), **options)
+    (kernel,) = compiled.values()
+    assert_is_sound(kernel, tmp_path)
+    if count % 1024 == 0:
+        loads = re.findall(r"ld\.global\.\S+", kernel.asm["ptx"])
+        assert set(loads) == {WIDE_LOAD}
+        stores = re.findall(r"st\.global\.\S+", kernel.asm["ptx"])
+        assert set(stores) == {"st.global.v4.b32"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("function", [cross_entropy, softmax_gradient])
+def test_cross_entropy(function, dtype, compiled, tmp_path):
+    """The vocabulary is odd, and its padding makes accesses wide all the same."""
+    function(torch.zeros(4, 50304, dtype=dtype), torch.zeros(4, dtype=torch.int64), 50257)
+    (kernel,) = compiled.values()
+    assert_is_sound(kernel, tmp_path)
+    assert WIDE_LOAD in kernel.asm["ptx"]
+    wide_store = "st.global.v4.b32" in kernel.asm["ptx"]
+    assert wide_store == (function is softmax_gradient)
+
+
+def test_cross_entropy_of_few_columns_that_are_not_aligned(compiled, tmp_path):
+    softmax_gradient(torch.zeros(4, 11), torch.zeros(4, dtype=torch.int64), 11)
+    (kernel,) = compiled.values()
+    assert_is_sound(kernel, tmp_path)

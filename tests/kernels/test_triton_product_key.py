@@ -41,7 +41,8 @@ def assert_are_the_best(queries: Tensor, keys: Tensor, k: int, **tolerance: floa
         scores, ids = product_key(queries, keys, k)
     assert (scores.dtype, ids.dtype) == (torch.promote_types(queries.dtype, keys.dtype), torch.int64)
     assert scores.shape == ids.shape == (*queries.shape[:2], k)
-    sums = all_sums(queries, keys)
+    # Queries that were rounded to bfloat16 are multiplied with keys that are rounded, too.
+    sums = all_sums(queries, keys.bfloat16() if queries.dtype == torch.bfloat16 else keys)
     assert_close(scores.double(), sums.topk(k, dim=-1).values, **tolerance)
     assert_close(scores.double(), sums.gather(-1, ids), **tolerance)
     assert (ids.sort(dim=-1).values.diff(dim=-1) > 0).all()
@@ -118,7 +119,15 @@ def test_blocks_join_without_a_seam(tokens_per_block, monkeypatch):
     assert_are_the_best(*problem(tokens=7, shared=False), 4)
 
 
-@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)])
+@pytest.mark.parametrize(("side", "k"), [(300, 16), (64, 3), (130, 64), (1024, 1)])
+def test_finds_the_best_of_many_groups_of_columns(side, k):
+    assert_are_the_best(*problem(tokens=3, heads=1, side=side, width=16), k)
+
+
+MIXED = [(torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)]
+
+
+@pytest.mark.parametrize("dtypes", MIXED)
 def test_narrow_dtypes_are_ranked_in_float32_and_gradients_keep_their_own(dtypes):
     queries, keys = problem(tokens=8, width=20, dtype=dtypes[0], keys_dtype=dtypes[1])
     narrow = torch.promote_types(*dtypes) == torch.bfloat16
@@ -141,6 +150,18 @@ def test_numbers_that_are_not_finite_are_ranked_as_topk_ranks_them():
     best, columns = triton_form.module("product_key")._top(scores, 6)
     assert columns.tolist() == [[2, 1, 0, 5, 4, 3]]
     assert_close(best, scores.topk(6).values, equal_nan=True)
+
+
+def test_a_row_of_many_groups_is_ranked_as_topk_ranks_it_with_numbers_that_are_not_finite():
+    scores = torch.randn(5, 700, generator=torch.Generator().manual_seed(0))
+    scores[:, ::97] = float("nan")
+    scores[1, 3::50] = float("inf")
+    scores[2] = -float("inf")
+    scores[3] = 0.5
+    best, columns = triton_form.module("product_key")._top(scores, 16)
+    assert_close(best, scores.topk(16).values, equal_nan=True, rtol=0, atol=0)
+    assert_close(best, scores.gather(1, columns.long()), equal_nan=True, rtol=0, atol=0)
+    assert (columns.sort(dim=1).values.diff(dim=1) > 0).all()
 
 
 def test_ids_stay_inside_the_table_when_no_score_is_a_number():

@@ -5,12 +5,16 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.testing import assert_close
 
 from myriad.config import ConfigError
 from myriad.ffn import DenseConfig, FFNConfig, PEERConfig
 from myriad.models import build
 from myriad.train.optim import (
+    NamedState,
     OptimConfig,
+    RoleOptimizer,
     build_optimizer,
     clip_gradients,
     freeze,
@@ -131,6 +135,57 @@ def test_state_survives():
     step_of(layer, optimizer, 1)
     step_of(other, restored, 1)
     assert all(torch.equal(one, two) for one, two in zip(layer.parameters(), other.parameters(), strict=True))
+
+
+def test_steps_are_counted_where_the_update_reads_them():
+    """On the device only where PyTorch's fused AdamW does: ours would wait for the device."""
+    with FakeTensorMode():
+        exact, rounded, table = (
+            torch.nn.Parameter(torch.empty(2, 2, dtype=dtype, device="cuda"))
+            for dtype in (torch.float32, torch.bfloat16, torch.float32)
+        )
+        groups = [{"params": [exact, rounded], "role": "matrix"}, {"params": [table], "role": "table"}]
+        names = {exact: "exact", rounded: "rounded", table: "table"}
+        moments = {f"{moment}.{name}": exact for moment in ("exp_avg", "exp_avg_sq") for name in names.values()}
+        optimizer = RoleOptimizer(groups)
+        restore_optimizer(optimizer, names, NamedState(moments, dict.fromkeys(names.values(), 3)))
+    devices = {name: optimizer.state[parameter]["step"].device.type for parameter, name in names.items()}
+    assert devices == {"exact": "cuda", "rounded": "cpu", "table": "cpu"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+def test_steps_on_a_gpu_are_those_on_a_cpu_and_wait_for_nothing(weights):
+    peer = PEERConfig(experts=64, heads=2, experts_per_head=4, d_key=8)
+    mine, theirs = (tiny_model(vocab_size=50, layers=1, ffns={"p": peer}, pattern=["p"]).build() for _ in range(2))
+    mine.load_state_dict(theirs.state_dict())
+    for model in (mine, theirs):
+        hold_weights(model, weights)
+    mine.cuda()
+    optimizer, expected = build_optimizer(mine, lr=1e-2), build_optimizer(theirs, lr=1e-2)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(4):
+        for one, other in zip(mine.parameters(), theirs.parameters(), strict=True):
+            other.grad = torch.randn(other.shape, generator=generator).to(other.dtype)
+            one.grad = other.grad.cuda()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        expected.step()
+        if step == 1:
+            names = {parameter: name for name, parameter in mine.named_parameters()}
+            saved = optimizer_state(optimizer, names)
+            assert set(saved.steps.values()) == {2}
+            optimizer = build_optimizer(mine, lr=1e-2)
+            restore_optimizer(optimizer, names, saved)
+    one, other = (torch.cat([p.detach().cpu().flatten() for p in model.parameters()]) for model in (mine, theirs))
+    if weights == "float32":
+        assert_close(one, other, rtol=1e-4, atol=1e-5)
+    else:  # a number at the edge of its bits may tip to the other neighbor
+        assert_close(one, other, rtol=2**-7, atol=2e-3)
+        assert (one != other).float().mean() < 1e-3
 
 
 def test_what_is_frozen_stays_bit_for_bit_without_gradient_or_state():

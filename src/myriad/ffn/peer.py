@@ -15,6 +15,7 @@ from torch import Tensor
 
 from myriad.config import register
 from myriad.ffn.base import FFN, Cost, FFNConfig, FFNOutput, Role, no_loss
+from myriad.ffn.experts import in_product_dtype
 from myriad.ffn.retrieval import (
     Queries,
     QueryNorm,
@@ -129,7 +130,7 @@ class PEER(FFN):
         ids_TA, weights_TA = retrieve(q_THPQ, self.keys, config.experts_per_head, config.router)
         # Dropping a weight is dropping the hidden value that it multiplies.
         y_TD = expert_lookup(
-            x_TD,
+            _as_looked_up(x_TD),
             ids_TA,
             F.dropout(weights_TA, config.dropout, self.training),
             *self.tables(),
@@ -147,3 +148,8 @@ class PEER(FFN):
             name: "table" if name.startswith("experts_") else "matrix" if name in matrices else "vector"
             for name, _ in self.named_parameters()
         }
+
+
+def _as_looked_up(x_TD: Tensor) -> Tensor:
+    """On a GPU, in the dtype of products: every expert of a token reads its row, and a narrow one twice as fast."""
+    return in_product_dtype(x_TD) if x_TD.is_cuda else x_TD

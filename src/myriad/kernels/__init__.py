@@ -1,5 +1,6 @@
 """Arithmetic with several implementations: `use("reference")` chooses, `auto` is the default."""
 
+from myriad.kernels.cross_entropy import cross_entropy, softmax_gradient
 from myriad.kernels.expert_lookup import expert_lookup
 from myriad.kernels.product_key import product_key
 from myriad.kernels.registry import choices, current, names, select, use
@@ -9,6 +10,7 @@ from myriad.kernels.value_lookup import value_lookup
 
 __all__ = [
     "choices",
+    "cross_entropy",
     "current",
     "expert_lookup",
     "lazy_adam",
@@ -17,6 +19,7 @@ __all__ = [
     "product_key",
     "rounded_adamw",
     "select",
+    "softmax_gradient",
     "use",
     "value_lookup",
 ]

@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from myriad.kernels.bags import bag_dot, bag_sum, in_full_precision
 from myriad.kernels.dry import is_dry
-from myriad.kernels.registry import computes_directly, register, resolve
+from myriad.kernels.registry import computes_directly, differentiates_directly, register, resolve
 from myriad.kernels.table_gradient import as_sparse, check_ids, sparse_gradient, table_gradient
 
 
@@ -92,9 +93,12 @@ def expert_lookup(
     if sparse is None:
         sparse = sparse_gradient(ids_TA.shape[0], ids_TA.shape[1], len(down_ND))
     arguments = (x_TD, ids_TA, weights_TA, down_ND, up_ND, gate_ND, activation)
+    tensors = (x_TD, ids_TA, weights_TA, down_ND, up_ND)
     if sparse and torch.is_grad_enabled() and not is_dry(x_TD):
         return _sparse_lookup(*arguments)
-    op = _compute if computes_directly(x_TD, ids_TA, weights_TA, down_ND, up_ND) else torch.ops.myriad.expert_lookup
+    if differentiates_directly(*tensors):
+        return _Lookup.apply(False, *arguments)  # pyright: ignore[reportReturnType]
+    op = _compute if computes_directly(*tensors) else torch.ops.myriad.expert_lookup
     return op(*arguments)[0]
 
 
@@ -261,27 +265,32 @@ def _backward(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None,
 _op.register_autograd(_backward, setup_context=_setup_context)
 
 
-class _SparseLookup(torch.autograd.Function):
-    """The same op with coalesced sparse gradients for the tables."""
+class _Lookup(torch.autograd.Function):
+    """The same op with dense gradients for the tables, or with coalesced sparse ones."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        output = torch.ops.myriad.expert_lookup(*inputs)
-        x, ids, weights, down, up, gate, ctx.activation = inputs
-        ctx.save_for_backward(x, ids, weights, down, up, gate, output[1], output[2])
-        return output[0]
+    def forward(ctx: Any, sparse: bool, *inputs: Any) -> Tensor:
+        y, down_dots, gate_dots = _compute(*inputs)
+        *tensors, ctx.activation = inputs
+        ctx.sparse = sparse
+        ctx.save_for_backward(*tensors, down_dots, gate_dots)
+        return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        saved = ctx.saved_tensors  # once: activation checkpointing computes them anew for each look
         x, down, up, gate = saved[0], *saved[3:6]
-        found = _functions(x, down).backward(grads[0].contiguous(), *saved, ctx.activation, True)
-        gate_grad = None if gate is None else as_sparse(found.ids, found.gate, gate)
-        down_grad, up_grad = as_sparse(found.ids, found.down, down), as_sparse(found.ids, found.up, up)
-        return found.x, None, found.weights, down_grad, up_grad, gate_grad, None
+        found = _functions(x, down).backward(grads[0].contiguous(), *saved, ctx.activation, ctx.sparse)
+        pairs = ((found.down, down), (found.up, up), (found.gate, gate))
+        tables = [
+            None if table is None else as_sparse(found.ids, grad, table) if ctx.sparse else grad
+            for grad, table in pairs
+        ]
+        return None, found.x, None, found.weights, *tables, None
 
 
 # `torch.compiler.disable` would import the compiler, a second, whenever this module is imported.
 @torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
 def _sparse_lookup(*arguments: Any) -> Tensor:
-    return _SparseLookup.apply(*arguments)  # pyright: ignore[reportReturnType]
+    return _Lookup.apply(True, *arguments)  # pyright: ignore[reportReturnType]

@@ -8,13 +8,14 @@ Legend: `T` tokens, `H` heads, `P` = 2 halves, `K` retrieved, `S` = side, `Q` wi
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from myriad.kernels.bags import bag_sum, row_sums
-from myriad.kernels.registry import computes_directly, register, resolve
+from myriad.kernels.registry import computes_directly, differentiates_directly, register, resolve
 
 SCORES_PER_BLOCK = 2**20
 """Sub-key scores held at once by the reference: 4 MB in float32, so that a block stays in the cache."""
@@ -41,13 +42,19 @@ def product_key(queries_THPQ: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Ten
         ValueError: shapes that do not fit, or k out of range.
     """
     _check(queries_THPQ, keys, k)
-    op = _compute if computes_directly(queries_THPQ, keys) else torch.ops.myriad.product_key
+    op = _op_for(queries_THPQ, keys)
     if keys.ndim == 4:
         return op(queries_THPQ, keys, k)
     # Heads that share their keys are more tokens of one head.
     tokens, heads, _, width = queries_THPQ.shape
     scores, ids = op(queries_THPQ.reshape(tokens * heads, 1, 2, width), keys.unsqueeze(0), k)
     return scores.view(tokens, heads, k), ids.view(tokens, heads, k)
+
+
+def _op_for(queries: Tensor, keys: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+    if differentiates_directly(queries, keys):
+        return _Retrieval.apply  # pyright: ignore[reportReturnType]
+    return _compute if computes_directly(queries, keys) else torch.ops.myriad.product_key
 
 
 def _check(queries: Tensor, keys: Tensor, k: int) -> None:
@@ -103,7 +110,7 @@ def candidate_pairs(k: int, side: int, device: torch.device) -> tuple[Tensor, Te
     return first, second
 
 
-def _reference_backward(
+def reference_backward(
     grad_THK: Tensor, ids_THK: Tensor, queries_THPQ: Tensor, keys_HPSQ: Tensor
 ) -> tuple[Tensor, Tensor]:
     heads, _, side, width = keys_HPSQ.shape
@@ -118,7 +125,7 @@ def _reference_backward(
     return grad_queries.to(queries_THPQ.dtype), grad_keys.to(keys_HPSQ.dtype)
 
 
-register("product_key", "reference", ProductKeyFunctions(reference_forward, _reference_backward))
+register("product_key", "reference", ProductKeyFunctions(reference_forward, reference_backward))
 
 
 def _functions(queries: Tensor, keys: Tensor) -> ProductKeyFunctions:
@@ -164,3 +171,21 @@ def _backward(ctx, grad_scores: Tensor | None, grad_ids: None) -> tuple[Tensor |
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Retrieval(torch.autograd.Function):
+    """The same op outside graphs."""
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        output = _compute(queries, keys, k)
+        _setup_context(ctx, (queries, keys, k), output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        if grads[0] is None:
+            return None, None, None
+        queries, keys, ids = ctx.saved_tensors
+        return *_functions(queries, keys).backward(grads[0], ids, queries, keys), None

@@ -46,6 +46,8 @@ class Implementation(NamedTuple):
     """Device types that it runs on; None: all."""
     dtypes: frozenset[torch.dtype] | None
     """Dtypes that it takes; None: all."""
+    serves: frozenset[str] = frozenset()
+    """Forms that lack the op on purpose: who asks for one of them gets this."""
 
     def refusal(self, device_type: str, dtype: torch.dtype) -> str | None:
         """Why it cannot run there, if it cannot."""
@@ -69,6 +71,7 @@ def register(
     *,
     devices: tuple[str, ...] | None = None,
     dtypes: tuple[torch.dtype, ...] | None = None,
+    serves: tuple[str, ...] = (),
 ) -> None:
     """Add an implementation of an op.
 
@@ -77,11 +80,13 @@ def register(
         name: `reference`, or the name of a form of `FORMS`.
         functions: what `resolve` returns: the op's own NamedTuple of functions.
         devices, dtypes: what it runs on and takes; None: all.
+        serves: of a reference, the forms that lack the op on purpose: it runs where one of them is asked for.
     """
     _implementations.setdefault(op, {})[name] = Implementation(
         functions,
         None if devices is None else frozenset(devices),
         None if dtypes is None else frozenset(dtypes),
+        frozenset(serves),
     )
     _chosen.cache_clear()
 
@@ -151,8 +156,21 @@ def computes_directly(*tensors: Tensor) -> bool:
 
     It may where nothing is to be recorded: no gradient, no graph, no mode such as a FLOP counter's, plain tensors.
     """
-    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-    return not recorded and all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+    return not torch.is_grad_enabled() and _plainly(tensors)
+
+
+def differentiates_directly(*tensors: Tensor) -> bool:
+    """Whether an op may be an `autograd.Function`, which costs half of what a custom op with a gradient does.
+
+    It may where nothing but a gradient is to be recorded.
+    """
+    return torch.is_grad_enabled() and _plainly(tensors)
+
+
+def _plainly(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether no graph is traced and no mode looks on, and the tensors are plain ones."""
+    watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    return not watched and all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
 
 
 def _pick(op: str, device_type: str, dtype: torch.dtype) -> tuple[str, str]:
@@ -161,6 +179,8 @@ def _pick(op: str, device_type: str, dtype: torch.dtype) -> tuple[str, str]:
     if _choice in FORMS:
         _load(_choice)
     form = _implementations[op].get(_choice)
+    if form is None and _choice in _implementations[op]["reference"].serves:
+        return "reference", f"no {_choice} form"
     if form is None:
         raise KernelError(f"{op} has no '{_choice}' form (known: {', '.join(_implementations[op])})")
     if refusal := form.refusal(device_type, dtype):

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from myriad.kernels.bags import bag_dot, bag_sum, in_full_precision
 from myriad.kernels.dry import is_dry
-from myriad.kernels.registry import computes_directly, register, resolve
+from myriad.kernels.registry import computes_directly, differentiates_directly, register, resolve
 from myriad.kernels.table_gradient import as_sparse, check_ids, sparse_gradient, table_gradient
 
 
@@ -56,6 +57,8 @@ def value_lookup(ids_TA: Tensor, weights_TA: Tensor, values_ND: Tensor, *, spars
         sparse = sparse_gradient(ids_TA.shape[0], ids_TA.shape[1], len(values_ND))
     if sparse and torch.is_grad_enabled() and not is_dry(ids_TA):
         return _sparse_lookup(ids_TA, weights_TA, values_ND)
+    if differentiates_directly(ids_TA, weights_TA, values_ND):
+        return _Lookup.apply(False, ids_TA, weights_TA, values_ND)  # pyright: ignore[reportReturnType]
     op = _compute if computes_directly(ids_TA, weights_TA, values_ND) else torch.ops.myriad.value_lookup
     return op(ids_TA, weights_TA, values_ND)
 
@@ -117,22 +120,25 @@ def _backward(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
 _op.register_autograd(_backward, setup_context=_setup_context)
 
 
-class _SparseLookup(torch.autograd.Function):
-    """The same op with a coalesced sparse gradient for the table."""
+class _Lookup(torch.autograd.Function):
+    """The same op with a dense gradient for the table, or with a coalesced sparse one."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
+    def forward(ctx: Any, sparse: bool, *inputs: Any) -> Tensor:
+        ctx.sparse = sparse
         ctx.save_for_backward(*inputs)
-        return torch.ops.myriad.value_lookup(*inputs)
+        return _compute(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         ids, weights, values = ctx.saved_tensors
-        found = _functions(weights, values).backward(grads[0].contiguous(), ids, weights, values, True)
-        return None, found.weights, as_sparse(found.ids, found.values, values)
+        found = _functions(weights, values).backward(grads[0].contiguous(), ids, weights, values, ctx.sparse)
+        grad_values = as_sparse(found.ids, found.values, values) if ctx.sparse else found.values
+        return None, None, found.weights, grad_values
 
 
 # `torch.compiler.disable` would import the compiler, a second, whenever this module is imported.
 @torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
 def _sparse_lookup(*arguments: Tensor) -> Tensor:
-    return _SparseLookup.apply(*arguments)  # pyright: ignore[reportReturnType]
+    return _Lookup.apply(True, *arguments)  # pyright: ignore[reportReturnType]

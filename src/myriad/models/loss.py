@@ -4,10 +4,13 @@ The gradient of the cross-entropy is taken chunk by chunk in the forward pass, w
 they are made once and never kept: three products of T x D x V in all, and memory for one chunk.
 The normalizer alone, `chunked_logsumexp`, is for losses whose gradient is known only when all tokens are: its logits
 are made again in the backward pass.
+On CUDA the weight's narrow copy is padded with tokens that do not exist, since the tensor cores' fast products take
+rows that start at 16 bytes, which an odd vocabulary's do not.
 
-Legend: `T` tokens, `D` width, `V` vocabulary, `C` tokens of a chunk.
+Legend: `T` tokens, `D` width, `V` vocabulary, `P` the vocabulary with its padding, `C` tokens of a chunk.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -15,10 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from myriad.kernels import cross_entropy, softmax_gradient
 from myriad.kernels.dry import is_dry
 
 LOGITS_PER_CHUNK = 2**22
 """Logits held at once, 16 MB in float32, unless a large vocabulary makes that too few tokens."""
+BYTES_PER_CUDA_CHUNK = 2**28
+"""Logits held at once on CUDA, in the dtype in which they are held: 2,048 tokens of GPT-2's vocabulary in bfloat16.
+Products of so many fill a large GPU, and a micro-batch takes few launches."""
+ALIGNMENT = {"cuda": 128}
+"""Device type -> what the padded vocabulary is a multiple of: a tile of a tensor core's product; elsewhere 1."""
 LOGITS_PER_BLOCK = 2**19
 """Logits that a CPU goes over several times in a row: 2 MB in float32."""
 FEW_TOKENS = 4
@@ -75,9 +84,11 @@ def chunked_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tenso
         return _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, targets_T)  # pyright: ignore[reportReturnType]
     counted_T = targets_T >= 0
     hidden_TD, targets_T = hidden_TD[counted_T], targets_T[counted_T]  # no logits where nothing is counted
+    dtype = _product_dtype(hidden_TD)
+    narrow_TD, narrow_PD = hidden_TD.to(dtype), _narrow(weight_VD, dtype)
     total = hidden_TD.new_zeros((), dtype=loss_dtype(hidden_TD))
-    for chunk in _chunks(targets_T, len(weight_VD)):
-        total += _loss(F.linear(hidden_TD[chunk], weight_VD), targets_T[chunk])
+    for chunk in _chunks(targets_T, len(narrow_PD), dtype):
+        total += cross_entropy(F.linear(narrow_TD[chunk], narrow_PD), targets_T[chunk], len(weight_VD))
     return total
 
 
@@ -104,14 +115,21 @@ def _product_dtype(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if casts else hidden.dtype
 
 
-def _chunks(tokens_T: Tensor, vocabulary: int) -> list[slice]:
-    step = max(LEAST_TOKENS_PER_CHUNK, LOGITS_PER_CHUNK // vocabulary)
+def _narrow(weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight as products take it, (P, D): rounded once, where autocast would round it for every product, and with
+    rows of zeros where the vocabulary is not aligned. One that is right already is not copied."""
+    missing = -len(weight_VD) % ALIGNMENT.get(weight_VD.device.type, 1)
+    narrow_VD = weight_VD.to(dtype)
+    return F.pad(narrow_VD, (0, 0, 0, missing)) if missing else narrow_VD
+
+
+def _chunks(tokens_T: Tensor, vocabulary: int, dtype: torch.dtype) -> list[slice]:
+    """On CUDA a power of two of tokens each, as micro-batches have, so that the last chunk is full, too."""
+    if tokens_T.device.type == "cuda":
+        step = 2 ** int(math.log2(max(LEAST_TOKENS_PER_CHUNK, BYTES_PER_CUDA_CHUNK // (vocabulary * dtype.itemsize))))
+    else:
+        step = max(LEAST_TOKENS_PER_CHUNK, LOGITS_PER_CHUNK // vocabulary)
     return [slice(start, start + step) for start in range(0, len(tokens_T), step)]
-
-
-def _loss(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
-    logits_CV = logits_CV.to(loss_dtype(logits_CV))
-    return F.cross_entropy(logits_CV, targets_C, reduction="sum")
 
 
 def _blocks(logits_CV: Tensor) -> list[slice]:
@@ -126,18 +144,11 @@ def _slices(rows: Tensor, step: int) -> list[slice]:
     return slices[:1] if is_dry(rows) else slices
 
 
-def _loss_to_gradient(logits_RV: Tensor, targets_R: Tensor) -> Tensor:
-    """The sum of some rows' losses; their gradient takes the place of the logits."""
-    log_probs_RV = logits_RV.to(loss_dtype(logits_RV)).log_softmax(dim=1)
-    loss = F.nll_loss(log_probs_RV, targets_R.clamp(min=-1), ignore_index=-1, reduction="sum")
-    grad_RV = log_probs_RV.exp_()
-    grad_RV[torch.arange(len(targets_R), device=targets_R.device), targets_R.clamp(min=0)] -= 1
-    logits_RV.copy_(grad_RV.mul_((targets_R >= 0).unsqueeze(1)))
-    return loss
-
-
 def _add(total_VD: Tensor, product_VD: Tensor) -> None:
-    """In blocks: a CPU adds numbers of two dtypes one by one."""
+    """A CPU adds numbers of two dtypes one by one: there in blocks that are cast first."""
+    if product_VD.device.type != "cpu":
+        total_VD += product_VD
+        return
     for block in _blocks(product_VD):
         total_VD[block] += product_VD[block].to(total_VD.dtype)
 
@@ -145,24 +156,23 @@ def _add(total_VD: Tensor, product_VD: Tensor) -> None:
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
-        # What autocast would choose, but once: it would round the weight for every product.
-        dtype = _product_dtype(hidden_TD)
-        narrow_TD, narrow_VD = hidden_TD.to(dtype), weight_VD.to(dtype)
+        dtype = _product_dtype(hidden_TD)  # what autocast would choose
+        narrow_TD, narrow_PD = hidden_TD.to(dtype), _narrow(weight_VD, dtype)
         total = hidden_TD.new_zeros((), dtype=loss_dtype(hidden_TD))
         grad_hidden = torch.empty_like(hidden_TD)
         grad_weight = None
         if ctx.needs_input_grad[1]:  # a frozen weight's would be a third of the work, for nothing
             grad_weight = torch.zeros_like(weight_VD, dtype=torch.promote_types(weight_VD.dtype, torch.float32))
-        chunks = _chunks(targets_T, len(weight_VD))
-        room_CV = narrow_TD.new_empty(min(len(targets_T), chunks[0].stop) if chunks else 0, len(weight_VD))
+        chunks = _chunks(targets_T, len(narrow_PD), dtype)
+        room_CP = narrow_TD.new_empty(min(len(targets_T), chunks[0].stop) if chunks else 0, len(narrow_PD))
         for chunk in chunks:
             hidden_CD, targets_C = narrow_TD[chunk], targets_T[chunk]
-            logits_CV = torch.mm(hidden_CD, narrow_VD.T, out=room_CV[: len(targets_C)])
-            for block in _blocks(logits_CV):
-                total += _loss_to_gradient(logits_CV[block], targets_C[block])
-            grad_hidden[chunk] = logits_CV @ narrow_VD
+            logits_CP = torch.mm(hidden_CD, narrow_PD.T, out=room_CP[: len(targets_C)])
+            for block in _blocks(logits_CP):
+                total += softmax_gradient(logits_CP[block], targets_C[block], len(weight_VD))
+            grad_hidden[chunk] = logits_CP @ narrow_PD
             if grad_weight is not None:
-                _add(grad_weight, logits_CV.T @ hidden_CD)
+                _add(grad_weight, (logits_CP.T @ hidden_CD)[: len(weight_VD)])
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight_VD.dtype))
         return total
 
@@ -181,10 +191,11 @@ class _ChunkedLogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
         dtype = _product_dtype(hidden_TD)
-        narrow_VD = weight_VD.to(dtype)
+        narrow_PD = _narrow(weight_VD, dtype)
         total_T = hidden_TD.new_empty(len(hidden_TD), dtype=loss_dtype(hidden_TD))
-        for chunk in _chunks(hidden_TD, len(weight_VD)):
-            total_T[chunk] = _wide(hidden_TD[chunk].to(dtype), narrow_VD).logsumexp(dim=1)
+        for chunk in _chunks(hidden_TD, len(narrow_PD), total_T.dtype):
+            logits_CP = _wide(hidden_TD[chunk].to(dtype), narrow_PD)
+            total_T[chunk] = logits_CP[:, : len(weight_VD)].logsumexp(dim=1)
         ctx.save_for_backward(hidden_TD, weight_VD, total_T)
         ctx.product_dtype = dtype
         return total_T
@@ -194,18 +205,19 @@ class _ChunkedLogSumExp(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore
         hidden_TD, weight_VD, total_T = ctx.saved_tensors
         dtype, (grad_T,) = ctx.product_dtype, grads
-        narrow_VD = weight_VD.to(dtype)
+        narrow_PD = _narrow(weight_VD, dtype)
         grad_hidden = torch.empty_like(hidden_TD)
         grad_weight = torch.zeros_like(weight_VD, dtype=torch.promote_types(weight_VD.dtype, torch.float32))
-        for chunk in _chunks(hidden_TD, len(weight_VD)):
+        for chunk in _chunks(hidden_TD, len(narrow_PD), total_T.dtype):
             hidden_CD = hidden_TD[chunk].to(dtype)
-            probs_CV = _wide(hidden_CD, narrow_VD).sub_(total_T[chunk].unsqueeze(1)).exp_()
-            grad_CV = probs_CV.mul_(grad_T[chunk].unsqueeze(1)).to(dtype)
-            grad_hidden[chunk] = (grad_CV @ narrow_VD).to(grad_hidden.dtype)
-            grad_weight += (grad_CV.T @ hidden_CD).to(grad_weight.dtype)
+            probs_CP = _wide(hidden_CD, narrow_PD).sub_(total_T[chunk].unsqueeze(1)).exp_()
+            grad_CP = probs_CP.mul_(grad_T[chunk].unsqueeze(1)).to(dtype)
+            grad_CP[:, len(weight_VD) :] = 0
+            grad_hidden[chunk] = (grad_CP @ narrow_PD).to(grad_hidden.dtype)
+            _add(grad_weight, (grad_CP.T @ hidden_CD)[: len(weight_VD)])
         return grad_hidden, grad_weight.to(weight_VD.dtype)
 
 
-def _wide(hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:
+def _wide(hidden_CD: Tensor, narrow_PD: Tensor) -> Tensor:
     """A chunk's logits in the loss's dtype."""
-    return torch.mm(hidden_CD, weight_VD.T).to(loss_dtype(hidden_CD))
+    return torch.mm(hidden_CD, narrow_PD.T).to(loss_dtype(hidden_CD))

@@ -24,6 +24,8 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 Weights = Literal["float32", "bfloat16"]
 FIRST_SEED: dict[Role, int] = {"table": 0, "matrix": 2**29, "vector": 2**30}
 """Of the stochastic rounding, by the place of a parameter among those of its role: no two have one."""
+FUSED = ("cpu", "cuda")
+"""Device types on which PyTorch's AdamW takes all parameters at once; its default is a loop over them."""
 
 
 class OptimConfig(Config):
@@ -109,7 +111,8 @@ class RoleOptimizer(torch.optim.Optimizer):
             if parameter.grad is None:
                 continue
             if not self.state[parameter]:
-                self.state[parameter] = _state(torch.zeros_like(parameter), torch.zeros_like(parameter))
+                moments = torch.zeros_like(parameter), torch.zeros_like(parameter)
+                self.state[parameter] = _state(_steps_taken(0, parameter, group["role"]), *moments)
             if parameter.dtype == torch.bfloat16:
                 self._step_rounded(group, parameter, FIRST_SEED[group["role"]] + number)
             else:
@@ -150,7 +153,7 @@ class RoleOptimizer(torch.optim.Optimizer):
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=False,
-            fused=parameters[0].device.type == "cpu",  # PyTorch's default there is a loop over parameters
+            fused=parameters[0].device.type in FUSED,
         )
 
     def _step_tables(self, group: dict[str, Any]) -> None:
@@ -158,7 +161,7 @@ class RoleOptimizer(torch.optim.Optimizer):
             if table.grad is None:
                 continue
             if not self.state[table]:
-                self.state[table] = _state(*new_moments(table))
+                self.state[table] = _state(_steps_taken(0, table, group["role"]), *new_moments(table))
             state = self.state[table]
             state["step"] += 1
             lazy_adam(
@@ -174,8 +177,18 @@ class RoleOptimizer(torch.optim.Optimizer):
             )
 
 
-def _state(exp_avg: Tensor, exp_avg_sq: Tensor) -> dict[str, Tensor]:
-    return {"step": torch.zeros(()), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+def _state(step: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> dict[str, Tensor]:
+    return {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+
+
+def _steps_taken(count: float, parameter: Tensor, role: Role | None) -> Tensor:
+    """A parameter's number of steps, where its update reads it without waiting for a device.
+
+    PyTorch's fused AdamW reads it on the device; ours, of tables and of rounded parameters, in Python.
+    """
+    by_pytorch = role != "table" and parameter.dtype != torch.bfloat16
+    device = parameter.device if by_pytorch and parameter.device.type in FUSED else "cpu"
+    return torch.full((), float(count), dtype=torch.float32, device=device)
 
 
 def freeze(module: nn.Module, prefixes: Iterable[str]) -> None:
@@ -289,10 +302,9 @@ def optimizer_state(optimizer: RoleOptimizer, names: Mapping[Tensor, str]) -> Na
 
 def restore_optimizer(optimizer: RoleOptimizer, names: Mapping[Tensor, str], saved: NamedState) -> None:
     """Give an optimizer back what `optimizer_state` returned."""
+    roles = {parameter: group["role"] for group in optimizer.param_groups for parameter in group["params"]}
     for parameter, name in names.items():
         if name in saved.steps:
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(saved.steps[name])),
-                "exp_avg": saved.tensors[f"exp_avg.{name}"],
-                "exp_avg_sq": saved.tensors[f"exp_avg_sq.{name}"],
-            }
+            step = _steps_taken(saved.steps[name], parameter, roles.get(parameter))
+            moments = (saved.tensors[f"{moment}.{name}"] for moment in ("exp_avg", "exp_avg_sq"))
+            optimizer.state[parameter] = _state(step, *moments)

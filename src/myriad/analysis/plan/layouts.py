@@ -107,10 +107,10 @@ def _moment_bytes(is_table: bool, parameter: nn.Parameter) -> int:
 
 
 def _update(model: LanguageModel, device: torch.device) -> int:
-    """What the optimizer's step works with, beside weights, moments and gradients."""
-    dense = _dense(model)
-    exact = sum(parameter.nbytes for parameter in dense if parameter.dtype != torch.bfloat16)
-    rounded = max((parameter.numel() for parameter in dense if parameter.dtype == torch.bfloat16), default=0)
+    """What the optimizer's step works with, beside weights, moments and gradients.
+
+    PyTorch's fused update needs no room, and neither does the rounded one in Triton; this is the reference's.
+    """
+    sizes = (parameter.numel() for parameter in _dense(model) if parameter.dtype == torch.bfloat16)
     chunk = CHUNK if device.type == "cpu" else LARGE_CHUNK
-    # PyTorch's fused update, which runs on a CPU, needs no room; the other takes square roots of all moments at once.
-    return BYTES_PER_ROUNDED * min(rounded, chunk) + (0 if device.type == "cpu" else exact)
+    return BYTES_PER_ROUNDED * min(max(sizes, default=0), chunk)

@@ -5,7 +5,9 @@ dtype, never cast and never copied. No kernel adds with atomics: the same input 
 
 - `bags.py`: the dot products of looked-up rows with a token, and their weighted sum.
 - `segments.py`: gradients of tables: entries sorted by row, one segment a row.
-- `expert_lookup.py`, `value_lookup.py`, `product_key.py`, `table_update.py`: the ops.
+- `rounding.py`: stochastic rounding.
+- `expert_lookup.py`, `value_lookup.py`, `product_key.py`, `table_update.py`, `rounded_adamw.py`, `cross_entropy.py`:
+  the ops.
 
 Under Triton's interpreter, which runs kernels on the CPU for tests, tensors of the CPU are taken as well.
 """
@@ -16,7 +18,7 @@ import torch
 from triton import knobs
 
 from myriad.kernels.registry import register
-from myriad.kernels.triton import expert_lookup, product_key, table_update, value_lookup
+from myriad.kernels.triton import cross_entropy, expert_lookup, product_key, rounded_adamw, table_update, value_lookup
 
 
 def _register(op: str, functions: Any) -> None:
@@ -28,3 +30,5 @@ _register("product_key", product_key.FUNCTIONS)
 _register("expert_lookup", expert_lookup.FUNCTIONS)
 _register("value_lookup", value_lookup.FUNCTIONS)
 _register("table_update", table_update.FUNCTIONS)
+_register("rounded_adamw", rounded_adamw.FUNCTIONS)
+_register("cross_entropy", cross_entropy.FUNCTIONS)

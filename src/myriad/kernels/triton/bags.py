@@ -8,7 +8,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from myriad.kernels.triton.launch import TILE, columns_of, dot_blocks, launch, warps_of
+from myriad.kernels.triton.launch import (
+    PROGRAMS,
+    SUM_COLUMNS,
+    SUM_ENTRIES,
+    TILE,
+    columns_of,
+    dot_blocks,
+    launch,
+    warps_of,
+)
 
 
 def bag_sum(table_ND: Tensor, ids_MA: Tensor, weights_MA: Tensor) -> Tensor:
@@ -19,8 +28,10 @@ def bag_sum(table_ND: Tensor, ids_MA: Tensor, weights_MA: Tensor) -> Tensor:
     bags, entries = ids_MA.shape
     width = table_ND.shape[1]
     out_MD = torch.empty(bags, width, dtype=torch.float32, device=table_ND.device)
-    columns = columns_of(width, bags)
-    block = min(TILE // columns, triton.next_power_of_2(max(entries, 1)))
+    columns = min(SUM_COLUMNS, columns_of(width, bags))
+    many = bags * triton.cdiv(width, columns) >= PROGRAMS
+    numbers = SUM_ENTRIES * SUM_COLUMNS if many else TILE  # few programs take many rows at once instead
+    block = min(numbers // columns, triton.next_power_of_2(max(entries, 1)))
     launch(
         _bag_sum,
         (bags, triton.cdiv(width, columns)),

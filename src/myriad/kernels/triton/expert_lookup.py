@@ -17,7 +17,7 @@ from myriad.kernels.expert_lookup import ExpertLookupFunctions, Gradients
 from myriad.kernels.triton.activations import activate, slope
 from myriad.kernels.triton.bags import bag_sum, entries_of, row_dots
 from myriad.kernels.triton.launch import dot_blocks, launch
-from myriad.kernels.triton.segments import segment_sums, segments
+from myriad.kernels.triton.segments import Terms, segment_sums, segments
 
 
 def forward(
@@ -59,12 +59,11 @@ def backward(
 
     grad_x = bag_sum(down, ids, down_terms)
     found = segments(ids, len(down), sparse)
-    grad_down = segment_sums(found, down_terms, x, down.dtype)
-    grad_up = segment_sums(found, up_terms, grad_y, up.dtype)
+    grad_down, grad_up = segment_sums(found, Terms(down_terms, x, down.dtype), Terms(up_terms, grad_y, up.dtype))
     grad_gate = down.new_empty(0)
     if gate is not None:
         grad_x += bag_sum(gate, ids, gate_terms)
-        grad_gate = segment_sums(found, gate_terms, x, gate.dtype)
+        (grad_gate,) = segment_sums(found, Terms(gate_terms, x, gate.dtype))
     return Gradients(grad_x.to(x.dtype), grad_weights, found.ids_U, grad_down, grad_up, grad_gate)
 
 

@@ -14,8 +14,10 @@ PROGRAMS = 1024
 ROW = 256
 """Columns of a block: a kilobyte of float32, so that each row is read in long runs."""
 
-ENTRIES = 16
-"""Rows of which a program takes dot products, at most."""
+DOT_ENTRIES, DOT_COLUMNS = 32, 128
+"""Rows and columns of a block of which a program takes dot products."""
+SUM_ENTRIES, SUM_COLUMNS = 8, 128
+"""Of a block that one warp adds up."""
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
@@ -23,7 +25,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     if 0 in grid:
         return
     device = arguments[0].device
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else nullcontext():
         kernel[grid](*arguments, **options)
 
 
@@ -43,8 +46,8 @@ def warps_of(numbers: int) -> int:
 def dot_blocks(ids_MA: Tensor, width: int) -> tuple[tuple[int, int], dict[str, int]]:
     """Grid and sizes of a kernel whose programs take dot products with some rows of one bag each."""
     bags, entries = ids_MA.shape
-    columns = columns_of(width)
-    block = min(ENTRIES, triton.next_power_of_2(max(entries, 1)))
+    columns = min(DOT_COLUMNS, columns_of(width))
+    block = min(DOT_ENTRIES, triton.next_power_of_2(max(entries, 1)))
     while block > 2 and bags * triton.cdiv(entries, block) < PROGRAMS:
         block //= 2
     sizes = {"A": entries, "D": width, "BLOCK_A": block, "BLOCK_D": columns}

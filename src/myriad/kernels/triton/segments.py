@@ -5,6 +5,9 @@ are cut into chunks of equal size: a segment inside one chunk is added up direct
 chunk in pieces, a piece a chunk, in parallel. A chunk has two pieces at most: of the segment that comes in and of the
 one that goes out; the number of pieces is thus known without asking the device.
 
+The gradients of two tables are added up together: with few entries a row, time goes into finding out what they are, not
+into adding them up.
+
 Legend: `T` tokens, `A` entries a token, `M` = T A entries, `N` rows of the table, `U` segments, `D` width.
 """
 
@@ -17,8 +20,19 @@ from torch import Tensor
 
 from myriad.kernels.triton.launch import TILE, columns_of, launch, warps_of
 
-CHUNK = 512
+CHUNK = 1024
 """Sorted entries of a chunk."""
+ROW_ENTRIES = 2
+"""Entries of a row at once: with more a program needs more registers, so that fewer programs wait side by side."""
+
+
+class Terms(NamedTuple):
+    """What is added up for the rows of a table: weights[t, a] * source[t]."""
+
+    weights_TA: Tensor
+    source_TD: Tensor
+    dtype: torch.dtype
+    """Of the sums."""
 
 
 class Segments(NamedTuple):
@@ -58,47 +72,51 @@ def _narrowest(rows: int) -> torch.dtype:
     return torch.int16 if rows < 2**15 else torch.int32 if rows < 2**31 else torch.int64
 
 
-def segment_sums(found: Segments, weights_TA: Tensor, source_TD: Tensor, dtype: torch.dtype) -> Tensor:
-    """For each segment the sum over its entries of weights[t, a] * source[t], taken in float32.
+def segment_sums(found: Segments, *terms: Terms) -> list[Tensor]:
+    """For each of one or two terms the sums over every segment's entries, taken in float32, of shape (U, D).
 
     Args:
         found: of `segments`.
-        weights_TA, source_TD: of any floating dtype.
-        dtype: of the result, of shape (U, D).
+        terms: weights and sources of any floating dtype; sources of one shape.
     """
-    entries, count, width = len(found.order_M), len(found.starts) - 1, source_TD.shape[1]
-    out_UD = torch.empty(count, width, dtype=dtype, device=source_TD.device)
+    first, last = terms[0], terms[-1]  # where there is one only, it stands for the other, which is not read
+    entries, count, width = len(found.order_M), len(found.starts) - 1, first.source_TD.shape[1]
+    outs = [one.source_TD.new_empty(count, width, dtype=one.dtype) for one in terms]
     chunks = triton.cdiv(entries, CHUNK)
-    pieces = torch.empty(2 * chunks, width, dtype=torch.float32, device=source_TD.device)
+    pieces = first.source_TD.new_empty(len(terms), 2 * chunks, width, dtype=torch.float32)
     columns = columns_of(width)
     tiles = triton.cdiv(width, columns)
-    inputs = (found.order_M, weights_TA.contiguous(), source_TD.contiguous(), found.rows_M)
-    block = TILE // columns
-    sizes = {"A": found.entries, "D": width, "CHUNK": CHUNK, "BLOCK_D": columns}
+    added = [tensor.contiguous() for one in (first, last) for tensor in one[:2]]
+    block = TILE // columns // len(terms)
+    sizes = {"A": found.entries, "D": width, "CHUNK": CHUNK, "BLOCK_D": columns, "TWO": len(terms) == 2}
     launch(
         _piece_sums,
         (2 * chunks, tiles),
-        *inputs,
-        pieces,
+        found.order_M,
+        *added,
+        found.rows_M,
+        pieces[0],
+        pieces[-1],
         entries,
         **sizes,
         BLOCK_E=block,
-        num_warps=warps_of(block * columns),
+        num_warps=warps_of(block * columns * len(terms)),
     )
-    # A block holds a segment of mean length: a larger one would mostly be masked.
-    block = min(block, max(2, triton.next_power_of_2(triton.cdiv(entries, max(count, 1)))))
     launch(
         _row_sums,
         (count, tiles),
-        *inputs[:3],
+        found.order_M,
+        *added,
         found.starts,
-        pieces,
-        out_UD,
+        pieces[0],
+        pieces[-1],
+        outs[0],
+        outs[-1],
         **sizes,
-        BLOCK_E=block,
-        num_warps=warps_of(block * columns),
+        BLOCK_E=ROW_ENTRIES,
+        num_warps=1,
     )
-    return out_UD
+    return outs
 
 
 @triton.jit
@@ -106,25 +124,36 @@ def _entry_sums(
     order,
     weights,
     source,
+    more_weights,
+    more_source,
     begin,
     end,
     column,
     A: tl.constexpr,
     D: tl.constexpr,
+    TWO: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The sum over sorted entries [begin, end) of weight * source, in some columns."""
+    """The sums over sorted entries [begin, end) of weight * source, in some columns, for the one and the other term."""
     sums = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
+    more_sums = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
     for start in range(begin, end, BLOCK_E):
         place = start + tl.arange(0, BLOCK_E)
         exists = place < end
         entry = tl.load(order + place, mask=exists, other=0)
-        weight = tl.load(weights + entry, mask=exists, other=0.0).to(tl.float32)
         mask = exists[:, None] & (column < D)[None, :]
-        numbers = tl.load(source + (entry // A)[:, None] * D + column[None, :], mask=mask, other=0.0)
-        sums += weight[:, None] * numbers.to(tl.float32)
-    return tl.sum(sums, 0)
+        places = (entry // A)[:, None] * D + column[None, :]
+        sums += _weighted(weights, source, entry, places, exists, mask)
+        if TWO:
+            more_sums += _weighted(more_weights, more_source, entry, places, exists, mask)
+    return tl.sum(sums, 0), tl.sum(more_sums, 0)
+
+
+@triton.jit
+def _weighted(weights, source, entry, places, exists, mask):
+    weight = tl.load(weights + entry, mask=exists, other=0.0).to(tl.float32)
+    return weight[:, None] * tl.load(source + places, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["entries"])  # no kernel is compiled anew for another number of tokens
@@ -132,12 +161,16 @@ def _piece_sums(
     order,
     weights,
     source,
+    more_weights,
+    more_source,
     rows,
     pieces,
+    more_pieces,
     entries,
     A: tl.constexpr,
     D: tl.constexpr,
     CHUNK: tl.constexpr,
+    TWO: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -164,8 +197,11 @@ def _piece_sums(
         wanted = comes_in
     if wanted:
         column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-        sums = _entry_sums(order, weights, source, begin, end, column, A, D, BLOCK_E, BLOCK_D)
+        terms = (order, weights, source, more_weights, more_source)
+        sums, more_sums = _entry_sums(*terms, begin, end, column, A, D, TWO, BLOCK_E, BLOCK_D)
         tl.store(pieces + piece * D + column, sums, mask=column < D)
+        if TWO:
+            tl.store(more_pieces + piece * D + column, more_sums, mask=column < D)
 
 
 @triton.jit
@@ -173,12 +209,17 @@ def _row_sums(
     order,
     weights,
     source,
+    more_weights,
+    more_source,
     starts,
     pieces,
+    more_pieces,
     out,
+    more_out,
     A: tl.constexpr,
     D: tl.constexpr,
     CHUNK: tl.constexpr,
+    TWO: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -190,13 +231,26 @@ def _row_sums(
     first = begin // CHUNK
     last = tl.maximum(end - 1, begin) // CHUNK
     if first == last:
-        sums = _entry_sums(order, weights, source, begin, end, column, A, D, BLOCK_E, BLOCK_D)
+        terms = (order, weights, source, more_weights, more_source)
+        sums, more_sums = _entry_sums(*terms, begin, end, column, A, D, TWO, BLOCK_E, BLOCK_D)
     else:
-        sums = tl.load(pieces + (2 * first + 1) * D + column, mask=inside, other=0.0)
-        parts = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
-        for start in range(first + 1, last + 1, BLOCK_E):
-            chunk = start + tl.arange(0, BLOCK_E)
-            mask = (chunk <= last)[:, None] & inside[None, :]
-            parts += tl.load(pieces + (2 * chunk)[:, None] * D + column[None, :], mask=mask, other=0.0)
-        sums += tl.sum(parts, 0)
+        sums = _sum_of_pieces(pieces, first, last, column, D, BLOCK_E, BLOCK_D)
+        more_sums = sums
+        if TWO:
+            more_sums = _sum_of_pieces(more_pieces, first, last, column, D, BLOCK_E, BLOCK_D)
     tl.store(out + segment * D + column, sums.to(out.dtype.element_ty), mask=inside)
+    if TWO:
+        tl.store(more_out + segment * D + column, more_sums.to(more_out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _sum_of_pieces(pieces, first, last, column, D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Of a segment from chunk `first` to chunk `last`."""
+    inside = column < D
+    sums = tl.load(pieces + (2 * first + 1) * D + column, mask=inside, other=0.0)
+    parts = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
+    for start in range(first + 1, last + 1, BLOCK_E):
+        chunk = start + tl.arange(0, BLOCK_E)
+        mask = (chunk <= last)[:, None] & inside[None, :]
+        parts += tl.load(pieces + (2 * chunk)[:, None] * D + column[None, :], mask=mask, other=0.0)
+    return sums + tl.sum(parts, 0)

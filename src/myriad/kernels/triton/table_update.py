@@ -14,6 +14,7 @@ from torch import Tensor
 
 from myriad.kernels.table_update import AdamStep, TableUpdateFunctions
 from myriad.kernels.triton.launch import launch, warps_of
+from myriad.kernels.triton.rounding import moved, random_bits, rounded_by, signed
 
 WIDEST = 2048
 """Columns of a block: wider rows are passed over in several."""
@@ -28,9 +29,7 @@ def rounded(
     table: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, ids: Tensor | None, rows: Tensor, step: AdamStep
 ) -> None:
     """A bfloat16 table and first moment, rounded stochastically; one float32 second moment a row."""
-    # As a signed number, so that every step's salt is of one type and runs the same compiled kernel.
-    salt = step.salt - 2**32 if step.salt >= 2**31 else step.salt
-    _update(_rounded, table, exp_avg, exp_avg_sq, ids, rows, step, salt)
+    _update(_rounded, table, exp_avg, exp_avg_sq, ids, rows, step, signed(step.salt))
 
 
 FUNCTIONS = TableUpdateFunctions(full, rounded)
@@ -54,12 +53,6 @@ def _update(
     arguments = (table, exp_avg, exp_avg_sq, rows if ids is None else ids.contiguous(), rows, *numbers, *more)
     options = {"D": width, "BLOCK_D": block, "num_warps": warps_of(2 * block)}
     launch(kernel, (len(rows),), *arguments, DENSE=ids is None, **options)
-
-
-@triton.jit
-def _moved(old, new, share):
-    """old + share * (new - old), from the nearer end, as `torch.lerp` does."""
-    return tl.where(share < 0.5, old + share * (new - old), new - (new - old) * (1.0 - share))
 
 
 @triton.jit
@@ -109,8 +102,8 @@ def _full(
             inside = column < D
             place = row * D + column
             grad = tl.load(rows + source * D + column, mask=inside, other=0.0).to(tl.float32)
-            mean = _moved(tl.load(exp_avg + place, mask=inside, other=0.0), grad, share)
-            square = _moved(tl.load(exp_avg_sq + place, mask=inside, other=0.0), grad * grad, square_share)
+            mean = moved(tl.load(exp_avg + place, mask=inside, other=0.0), grad, share)
+            square = moved(tl.load(exp_avg_sq + place, mask=inside, other=0.0), grad * grad, square_share)
             old = tl.load(table + place, mask=inside, other=0.0)
             tl.store(exp_avg + place, mean, mask=inside)
             tl.store(exp_avg_sq + place, square, mask=inside)
@@ -137,7 +130,8 @@ def _rounded(
     source, row = _row_of(ids, DENSE)
     used, squares = _summary(rows, source, D, BLOCK_D)
     if used != 0:
-        square = _moved(tl.load(exp_avg_sq + row), squares / D, square_share)
+        square = moved(tl.load(exp_avg_sq + row), tl.div_rn(squares, D * 1.0), square_share)
+        tl.debug_barrier()  # every warp has read the old moment before one writes the new one
         tl.store(exp_avg_sq + row, square)
         root = tl.sqrt_rn(square) + eps
         for start in range(0, D, BLOCK_D):
@@ -145,27 +139,9 @@ def _rounded(
             inside = column < D
             place = row * D + column
             grad = tl.load(rows + source * D + column, mask=inside, other=0.0).to(tl.float32)
-            mean = _moved(tl.load(exp_avg + place, mask=inside, other=0.0).to(tl.float32), grad, share)
+            mean = moved(tl.load(exp_avg + place, mask=inside, other=0.0).to(tl.float32), grad, share)
             old = tl.load(table + place, mask=inside, other=0.0).to(tl.float32)
-            random = _random_bits(place, salt)
+            random = random_bits(place, salt)
             new = old - tl.div_rn(size * mean, root)
-            tl.store(table + place, _rounded_by(new, random & 0xFFFF), mask=inside)
-            tl.store(exp_avg + place, _rounded_by(mean, random >> 16), mask=inside)
-
-
-@triton.jit
-def _random_bits(place, salt):
-    """`random_bits` of the reference: the finalizer of MurmurHash3, in uint32."""
-    x = place.to(tl.uint32) ^ salt.to(tl.uint32)
-    x = (x ^ (x >> 16)) * 0x85EBCA6B
-    x = (x ^ (x >> 13)) * 0xC2B2AE35
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def _rounded_by(x, random):
-    """`rounded_by` of the reference: float32 as bfloat16, up if the digits cut off exceed 2**16 minus the bits."""
-    bits = x.to(tl.uint32, bitcast=True)
-    up = ((bits + random) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    finite = (bits & 0x7F800000) != 0x7F800000
-    return tl.where(finite, up, x).to(tl.bfloat16)
+            tl.store(table + place, rounded_by(new, random & 0xFFFF), mask=inside)
+            tl.store(exp_avg + place, rounded_by(mean, random >> 16), mask=inside)

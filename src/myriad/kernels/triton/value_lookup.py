@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from myriad.kernels.triton.bags import bag_dot, bag_sum
-from myriad.kernels.triton.segments import segment_sums, segments
+from myriad.kernels.triton.segments import Terms, segment_sums, segments
 from myriad.kernels.value_lookup import ValueGradients, ValueLookupFunctions
 
 
@@ -16,7 +16,7 @@ def backward(grad_y: Tensor, ids: Tensor, weights: Tensor, values: Tensor, spars
     """The gradients of weights and table, each in its own dtype."""
     grad_weights = bag_dot(values, ids, grad_y)
     found = segments(ids, len(values), sparse)
-    grad_values = segment_sums(found, weights, grad_y, values.dtype)
+    (grad_values,) = segment_sums(found, Terms(weights, grad_y, values.dtype))
     return ValueGradients(grad_weights.to(weights.dtype), found.ids_U, grad_values)
 
 
