@@ -25,7 +25,7 @@ def _run(ffns: dict[str, FFNConfig], pattern: list[str]) -> RunConfig:
         ),
         optim=OptimConfig(lr=2e-3, warmup=200),
         budget=BudgetConfig(epochs=1),
-        batch=BatchConfig(tokens=32_768, micro_tokens=16_384),
+        batch=BatchConfig(tokens=32_768),
         evaluation=EvaluationConfig(every=500),
     )
 
