@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from myriad.analysis.compare import crew
 from myriad.analysis.compare.conduct import JOBS, Outcome, Stopped, most_at_a_time, note_at_a_time
 from myriad.analysis.compare.crew import Crew
 from myriad.analysis.compare.plan import Trial
@@ -205,7 +204,7 @@ def test_a_fault_while_a_run_is_saved_is_told(finish_by, board):
 
 
 def test_a_later_signal_ends_all_at_once(finish_by, board, monkeypatch):
-    monkeypatch.setattr(crew, "SAME_SIGNAL", 0.0)
+    monkeypatch.setattr("myriad.train.signals.SAME_SIGNAL", 0.0)
     program = "signal.signal(signal.SIGINT, signal.SIG_IGN); say('note', os.getpid()); time.sleep(60)"
     sender = send_when_ready(board, 2, signal.SIGINT, signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):

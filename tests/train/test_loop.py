@@ -19,6 +19,7 @@ from myriad.train.loop import due
 from myriad.train.optim import OptimConfig
 from myriad.train.record import CLOCK_FIELDS, Silent, read_records
 from myriad.train.run import BatchConfig, BudgetConfig, CheckpointConfig, EarlyStoppingConfig, TrainConfig
+from myriad.train.signals import first_signal
 from tiny import tiny_model, tiny_run
 
 
@@ -98,12 +99,13 @@ def test_more_than_k_squared_experts_are_used_in_training(store, tmp_path):
 class StopsAfter(Silent):
     """A display that sends this process a signal after a step, as a user would."""
 
-    def __init__(self, step: int, number: signal.Signals) -> None:
-        self.step, self.number = step, number
+    def __init__(self, step: int, number: signal.Signals, times: int = 1) -> None:
+        self.step, self.number, self.times = step, number, times
 
     def show(self, record) -> None:
         if record["kind"] == "train" and record["step"] == self.step:
-            os.kill(os.getpid(), self.number)
+            for _ in range(self.times):
+                os.kill(os.getpid(), self.number)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -118,6 +120,22 @@ def test_a_signal_saves_and_resuming_changes_nothing(store, tmp_path, number, dr
     assert fit(run, tmp_path / "stopped", resume=True).finished
     assert records(tmp_path / "whole") == records(tmp_path / "stopped")
     assert same_weights(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_a_signal_sent_to_a_process_and_at_once_to_its_group_is_one(store, tmp_path):
+    run = tiny_run(store)
+    stopped = fit(run, tmp_path / "stopped", display=StopsAfter(6, signal.SIGTERM, times=2))
+    assert stopped.step == 6
+
+
+def test_a_second_signal_acts_as_ever(monkeypatch):
+    monkeypatch.setattr("myriad.train.signals.SAME_SIGNAL", 0.0)
+    delivered = []
+    with first_signal(delivered.append):
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert delivered == [signal.SIGINT]
 
 
 def test_bfloat16_tables_learn_are_saved_and_resumed_bit_for_bit(store, tmp_path):

@@ -10,9 +10,8 @@ and the same metrics as one that was not: everything that it depends on is in th
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +23,8 @@ from myriad.train.job import DivergedError, Job, Progress, save
 from myriad.train.optim import clip_gradients
 from myriad.train.record import Record
 from myriad.train.run import RunConfig
+from myriad.train.signals import STOP_SIGNALS, first_signal
 
-STOP_SIGNALS = ("SIGTERM", "SIGINT")
 Loads = list[dict[str, Tensor]]
 """Each layer's additive statistics."""
 
@@ -187,7 +186,8 @@ def train(job: Job, tell: Callable[[Record], None]) -> Outcome:
     _refuse_leaks(job)
     _settle(job)
     job.display.start(progress.step, job.steps)
-    with _catching_signals(job):
+    # The first SIGTERM or SIGINT lets the step finish and the run save.
+    with first_signal(lambda number: job.signals.add(signal.Signals(number).name)):
         while progress.step < job.steps and not _stops_early(job) and not _must_stop(job):
             tell(train_step(job))
             if progress.skipped_in_a_row >= run.train.max_skipped:
@@ -249,26 +249,3 @@ def _divergence(job: Job) -> str:
         f"stopped at step {step}: the loss or a gradient was not finite in {skipped} updates in a row; "
         f"the last checkpoint is kept. A lower optim.lr, a longer optim.warmup or train.precision=float32 may help"
     )
-
-
-@contextmanager
-def _catching_signals(job: Job) -> Iterator[None]:
-    """The first SIGTERM or SIGINT lets the step finish and the run save; the second acts as ever."""
-    before: dict[signal.Signals, Any] = {}
-
-    def ask_to_stop(number: int, frame: object) -> None:
-        job.signals.add(signal.Signals(number).name)
-        for which, handler in before.items():
-            signal.signal(which, handler)
-
-    try:
-        for name in STOP_SIGNALS:
-            which = signal.Signals[name]
-            before[which] = signal.signal(which, ask_to_stop)
-    except ValueError:
-        pass  # only the main thread may catch signals
-    try:
-        yield
-    finally:
-        for which, handler in before.items():
-            signal.signal(which, handler)

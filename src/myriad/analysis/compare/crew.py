@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -21,12 +20,10 @@ from myriad.analysis.compare.conduct import Board, Done, Outcome, Stopped, note_
 from myriad.analysis.compare.plan import Trial
 from myriad.analysis.compare.worker import Order
 from myriad.config import MyriadError, RunError, validate
-from myriad.train.loop import STOP_SIGNALS
+from myriad.train.signals import first_signal
 
 INTERRUPTED = 130
 """The exit code of the command after Ctrl-C where nothing can be saved."""
-SAME_SIGNAL = 1.0
-"""Seconds in which a second signal is the first one again: `timeout` sends it to a process and to its group."""
 SECONDS_OF_SLEEP = 0.5
 """At most, while nothing comes: a signal just before Python falls asleep does not wake it."""
 SAID = "myriad: "
@@ -233,30 +230,11 @@ class _Shift:
 
     @contextmanager
     def _catching_signals(self) -> Iterator[None]:
-        """The first SIGTERM or SIGINT comes by the mailbox; a later one acts as ever. No process is left behind."""
-        before: dict[int, Any] = {}
-        first: list[float] = []
-
-        def restore() -> None:
-            for which, handler in before.items():
-                signal.signal(which, handler)
-
-        def deliver(number: int, frame: object) -> None:
-            if not first:
-                first.append(time.monotonic())
-                self._mailbox.put(number)
-            elif time.monotonic() > first[0] + SAME_SIGNAL:
-                restore()
-                signal.raise_signal(number)
-
-        with suppress(ValueError):  # only the main thread may catch signals
-            for name in STOP_SIGNALS:
-                which = signal.Signals[name]
-                before[which] = signal.signal(which, deliver)
+        """The first SIGTERM or SIGINT comes by the mailbox. No process is left behind."""
         try:
-            yield
+            with first_signal(self._mailbox.put):
+                yield
         finally:
-            restore()
             for worker in self._workers:
                 worker.kill()
 
