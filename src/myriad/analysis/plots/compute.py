@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from myriad.analysis.compare import Course
 from myriad.analysis.plots.drawing import DARK, LIGHT, Theme, finish, limit, look_of, new_figure, style, to_png
@@ -44,6 +44,11 @@ def loss_against_flops(
     several = max((len(each.validation) for each in courses), default=0) > 1
     if several:
         _in_decades(training)
+    else:
+        # Not from the first validation on: runs that have one alone end within a percent of each other.
+        spent = [flops[-1] for course in courses for flops, _ in course.validation if flops]
+        training.set_xlim(0, 1.05 * max(spent, default=1))
+        training.xaxis.set_major_locator(MaxNLocator(6))
     training.xaxis.set_major_formatter(EngFormatter(sep=""))
     held_out.margins(x=0.35 if several else 0.1)  # room for the names of the budgets
     finish(training, theme, "nothing recorded")
