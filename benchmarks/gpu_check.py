@@ -146,10 +146,10 @@ class Bench:
         self.on_gpu = device.type == "cuda"
         self.flushed = torch.empty(FLUSH_BYTES if self.on_gpu else 16, dtype=torch.int8, device=device)
 
-    def no_time_left(self, what: Any) -> dict[str, Any] | None:
+    def no_time_left(self, shape: Shape) -> dict[str, Any] | None:
         if time.monotonic() < self.deadline:
             return None
-        return {"what": what._asdict() if isinstance(what, Shape) else what, "note": "no time was left"}
+        return {"what": shape._asdict(), "note": "no time was left"}
 
     def or_out_of_memory(self, function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         import torch

@@ -151,5 +151,5 @@ class PEER(FFN):
 
 
 def _as_looked_up(x_TD: Tensor) -> Tensor:
-    """On a GPU, in the dtype of products: every expert of a token reads its row, and a narrow one twice as fast."""
+    """On a GPU, in the dtype of products: a token's row is read once for each of its experts."""
     return in_product_dtype(x_TD) if x_TD.is_cuda else x_TD

@@ -282,12 +282,12 @@ class _Lookup(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: activation checkpointing computes them anew for each look
         x, down, up, gate = saved[0], *saved[3:6]
         found = _functions(x, down).backward(grads[0].contiguous(), *saved, ctx.activation, ctx.sparse)
-        pairs = ((found.down, down), (found.up, up), (found.gate, gate))
-        tables = [
-            None if table is None else as_sparse(found.ids, grad, table) if ctx.sparse else grad
-            for grad, table in pairs
-        ]
-        return None, found.x, None, found.weights, *tables, None
+
+        def of_table(grad: Tensor, table: Tensor) -> Tensor:
+            return as_sparse(found.ids, grad, table) if ctx.sparse else grad
+
+        gate_grad = None if gate is None else of_table(found.gate, gate)
+        return None, found.x, None, found.weights, of_table(found.down, down), of_table(found.up, up), gate_grad, None
 
 
 # `torch.compiler.disable` would import the compiler, a second, whenever this module is imported.

@@ -13,7 +13,6 @@ PROGRAMS = 1024
 """Programs that fill a large GPU: with fewer at hand, blocks are made smaller."""
 ROW = 256
 """Columns of a block: a kilobyte of float32, so that each row is read in long runs."""
-
 DOT_ENTRIES, DOT_COLUMNS = 32, 128
 """Rows and columns of a block of which a program takes dot products."""
 SUM_ENTRIES, SUM_COLUMNS = 8, 128

@@ -39,7 +39,7 @@ from myriad.kernels.triton.segments import Terms, segment_sums, segments
 MOST_WINNERS = 64
 MOST_SUB_KEYS = 4096
 SCORES_PER_BLOCK = 2**26
-"""Sub-key scores held at once: 256 MB. Smaller blocks would stay in the cache, but their launches cost more."""
+"""Sub-key scores held at once: 256 MB, so that a layer's step takes few launches."""
 NUMBERS_PER_WARP = 1024
 """Scores that one warp ranks at a time: the maxima of several rows are taken together."""
 MOST_PLACED = 512

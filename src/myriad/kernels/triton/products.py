@@ -15,8 +15,8 @@ def product_dtype(dtype: torch.dtype) -> tl.dtype:
 def add_weighted(weights, rows, sums, PRODUCT: tl.constexpr):
     """sums + weights @ rows, for weights (M, E) in float32 and rows (E, D); a row that is not finite spoils all M sums.
 
-    Products are exact to float32's last digits: "tf32x3" splits both factors, and bfloat16 rows take the weights in two
-    parts of eight digits each.
+    "tf32x3" splits both factors, which leaves errors of float32's own size; bfloat16 rows take the weights in two parts
+    of eight bits each.
     """
     if PRODUCT == tl.bfloat16:  # noqa: SIM300
         rows = rows.to(PRODUCT)
