@@ -149,7 +149,8 @@ def _reference_rounded(
     square = exp_avg_sq[ids].lerp_((rows * rows).mean(dim=1), 1 - step.betas[1])
     places = ids.unsqueeze(1) * table.shape[1] + torch.arange(table.shape[1], device=ids.device)
     bits = random_bits(places, step.salt)
-    new = table[ids].float() - step.size * mean / (square.sqrt() + step.eps).unsqueeze(1)
+    scale = step.size / (square.sqrt() + step.eps)
+    new = table[ids].float() - scale.unsqueeze(1) * mean
     table[ids] = rounded_by(new, bits & 0xFFFF)
     exp_avg[ids] = rounded_by(mean, bits >> 16)
     exp_avg_sq[ids] = square

@@ -22,10 +22,12 @@ def update(weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, st
     numbers = (step.share, step.square_share, step.correction, step.eps, step.kept, step.size)
     arguments = (*tensors, *numbers, *map(signed, step.salts))
     count = weight.numel()
+    near = {"NEAR": step.share < 0.5, "SQUARE_NEAR": step.square_share < 0.5}
+    options = {**near, "BLOCK": BLOCK, "num_warps": 4}
     whole, rest = divmod(count, BLOCK)
     # Blocks that are whole have no mask: it would make their loads narrow.
-    launch(_update, (whole,), *arguments, 0, count, WHOLE=True, BLOCK=BLOCK, num_warps=4)
-    launch(_update, (min(rest, 1),), *arguments, whole, count, WHOLE=False, BLOCK=BLOCK, num_warps=4)
+    launch(_update, (whole,), *arguments, 0, count, WHOLE=True, **options)
+    launch(_update, (min(rest, 1),), *arguments, whole, count, WHOLE=False, **options)
 
 
 FUNCTIONS = RoundedAdamWFunctions(update)
@@ -61,6 +63,8 @@ def _update(
     first,
     count,
     WHOLE: tl.constexpr,
+    NEAR: tl.constexpr,
+    SQUARE_NEAR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     place = (tl.program_id(0).to(tl.int64) + first) * BLOCK + tl.arange(0, BLOCK)
@@ -69,8 +73,10 @@ def _update(
     else:
         inside = place < count
     gradient = tl.load(grad + place, mask=inside).to(tl.float32)
-    mean = moved(tl.load(exp_avg + place, mask=inside).to(tl.float32), gradient, share)
-    square = moved(tl.load(exp_avg_sq + place, mask=inside).to(tl.float32), gradient * gradient, square_share)
+    mean = moved(tl.load(exp_avg + place, mask=inside).to(tl.float32), gradient, share, NEAR)
+    square = moved(
+        tl.load(exp_avg_sq + place, mask=inside).to(tl.float32), gradient * gradient, square_share, SQUARE_NEAR
+    )
     root = tl.sqrt_rn(tl.div_rn(square, correction)) + eps
     new = tl.load(weight + place, mask=inside).to(tl.float32) * kept - tl.div_rn(mean * size, root)
     random = random_bits(place, salt)

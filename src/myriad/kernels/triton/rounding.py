@@ -10,9 +10,13 @@ def signed(salt: int) -> int:
 
 
 @triton.jit
-def moved(old, new, share):
-    """old + share * (new - old), from the nearer end, as `torch.lerp` does."""
-    return tl.where(share < 0.5, old + share * (new - old), new - (new - old) * (1.0 - share))
+def moved(old, new, share, NEAR: tl.constexpr):
+    """old + share * (new - old), from the nearer end, as `torch.lerp` does: from the old one where share < 0.5."""
+    if NEAR:
+        result = old + share * (new - old)
+    else:
+        result = new - (new - old) * (1.0 - share)
+    return result
 
 
 @triton.jit
@@ -28,6 +32,5 @@ def random_bits(place, salt):
 def rounded_by(x, random):
     """`rounded_by` of the reference: float32 as bfloat16, up if the digits cut off exceed 2**16 minus the bits."""
     bits = x.to(tl.uint32, bitcast=True)
-    up = ((bits + random) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    finite = (bits & 0x7F800000) != 0x7F800000
-    return tl.where(finite, up, x).to(tl.bfloat16)
+    up = ((bits + random) & 0xFFFF0000).to(tl.float32, bitcast=True)  # of infinity itself, whose digits are 0
+    return tl.where(x == x, up, x).to(tl.bfloat16)

@@ -49,10 +49,12 @@ def _update(
     rows = rows.contiguous()
     width = rows.shape[1]
     block = min(WIDEST, triton.next_power_of_2(width))
-    numbers = (1 - step.betas[0], 1 - step.betas[1], step.eps, step.size)
+    shares = (1 - step.betas[0], 1 - step.betas[1])
+    numbers = (*shares, step.eps, step.size)
     arguments = (table, exp_avg, exp_avg_sq, rows if ids is None else ids.contiguous(), rows, *numbers, *more)
     options = {"D": width, "BLOCK_D": block, "num_warps": warps_of(2 * block)}
-    launch(kernel, (len(rows),), *arguments, DENSE=ids is None, **options)
+    near = {"NEAR": shares[0] < 0.5, "SQUARE_NEAR": shares[1] < 0.5}
+    launch(kernel, (len(rows),), *arguments, DENSE=ids is None, **near, **options)
 
 
 @triton.jit
@@ -68,15 +70,15 @@ def _row_of(ids, DENSE: tl.constexpr):
 
 @triton.jit
 def _summary(rows, source, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """How many numbers of a row are not zero, and the sum of their squares."""
+    """Not 0 if any number of a row is not zero, and the sum of their squares, which may be too small to tell."""
     used = tl.zeros((BLOCK_D,), tl.int32)
     squares = tl.zeros((BLOCK_D,), tl.float32)
     for start in range(0, D, BLOCK_D):
         column = start + tl.arange(0, BLOCK_D)
         grad = tl.load(rows + source * D + column, mask=column < D, other=0.0).to(tl.float32)
-        used += (grad != 0).to(tl.int32)
+        used = tl.maximum(used, grad.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
         squares += grad * grad
-    return tl.sum(used, 0), tl.sum(squares, 0)
+    return tl.max(used, 0), tl.sum(squares, 0)
 
 
 @triton.jit(do_not_specialize=["share", "square_share", "eps", "size"])
@@ -91,6 +93,8 @@ def _full(
     eps,
     size,
     DENSE: tl.constexpr,
+    NEAR: tl.constexpr,
+    SQUARE_NEAR: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -102,8 +106,8 @@ def _full(
             inside = column < D
             place = row * D + column
             grad = tl.load(rows + source * D + column, mask=inside, other=0.0).to(tl.float32)
-            mean = moved(tl.load(exp_avg + place, mask=inside, other=0.0), grad, share)
-            square = moved(tl.load(exp_avg_sq + place, mask=inside, other=0.0), grad * grad, square_share)
+            mean = moved(tl.load(exp_avg + place, mask=inside, other=0.0), grad, share, NEAR)
+            square = moved(tl.load(exp_avg_sq + place, mask=inside, other=0.0), grad * grad, square_share, SQUARE_NEAR)
             old = tl.load(table + place, mask=inside, other=0.0)
             tl.store(exp_avg + place, mean, mask=inside)
             tl.store(exp_avg_sq + place, square, mask=inside)
@@ -124,24 +128,26 @@ def _rounded(
     size,
     salt,
     DENSE: tl.constexpr,
+    NEAR: tl.constexpr,
+    SQUARE_NEAR: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     source, row = _row_of(ids, DENSE)
     used, squares = _summary(rows, source, D, BLOCK_D)
     if used != 0:
-        square = moved(tl.load(exp_avg_sq + row), tl.div_rn(squares, D * 1.0), square_share)
+        square = moved(tl.load(exp_avg_sq + row), tl.div_rn(squares, D * 1.0), square_share, SQUARE_NEAR)
         tl.debug_barrier()  # every warp has read the old moment before one writes the new one
         tl.store(exp_avg_sq + row, square)
-        root = tl.sqrt_rn(square) + eps
+        scale = tl.div_rn(size, tl.sqrt_rn(square) + eps)  # once a row: a division takes as long as all else
         for start in range(0, D, BLOCK_D):
             column = start + tl.arange(0, BLOCK_D)
             inside = column < D
             place = row * D + column
             grad = tl.load(rows + source * D + column, mask=inside, other=0.0).to(tl.float32)
-            mean = moved(tl.load(exp_avg + place, mask=inside, other=0.0).to(tl.float32), grad, share)
+            mean = moved(tl.load(exp_avg + place, mask=inside, other=0.0).to(tl.float32), grad, share, NEAR)
             old = tl.load(table + place, mask=inside, other=0.0).to(tl.float32)
             random = random_bits(place, salt)
-            new = old - tl.div_rn(size * mean, root)
+            new = old - scale * mean
             tl.store(table + place, rounded_by(new, random & 0xFFFF), mask=inside)
             tl.store(exp_avg + place, rounded_by(mean, random >> 16), mask=inside)
