@@ -141,9 +141,9 @@ def test_value_lookup(dtype, compiled, tmp_path):
 )
 def test_product_key(tokens, side, k, dtype, compiled, tmp_path):
     product_key(normal(tokens, 1, 2, 128, dtype=dtype), normal(2, side, 128, dtype=dtype), k)[0].sum().backward()
-    narrow, maxima = dtype == torch.bfloat16, {"_maxima"} if side > 5 else set()
-    gradients = {"_sub_key_sums"} if narrow else {"_piece_sums", "_row_sums"}
-    assert set(compiled) == {"_scores", "_top_rows", "_top_sums", "_winners_sub_keys"} | maxima | gradients
+    placed = dtype == torch.bfloat16
+    gradients = {"_sub_key_sums"} if placed else {"_half_entries", "_piece_sums", "_row_sums"}
+    assert set(compiled) == {"_scores", "_top_columns", "_top_sums", "_winners_sub_keys"} | gradients
     for kernel in compiled.values():
         assert_is_sound(kernel, tmp_path)
     if tokens > 32:

@@ -145,21 +145,37 @@ def test_narrow_dtypes_are_ranked_in_float32_and_gradients_keep_their_own(dtypes
         assert_near(mine, expected.to(mine.dtype), max(digits(mine.dtype), 1e-5))
 
 
+def top(scores_RS: Tensor, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The best of rows of scores and their columns, ranked as scores of queries of a dtype are."""
+    module = triton_form.module("product_key")
+    rows, side = scores_RS.shape
+    groups, size = module._grouping(side, count)
+    padded = torch.full((rows, groups * size), -float("inf"))
+    padded[:, :side] = scores_RS
+    maxima_GR = padded.view(rows, groups, size).amax(2).T
+    halves = (tensor.expand(1, 2, *tensor.shape).contiguous() for tensor in (scores_RS, maxima_GR))
+    best, columns = (tensor[0, 1].T for tensor in module._top(*halves, count, dtype))
+    return best, columns
+
+
 def test_numbers_that_are_not_finite_are_ranked_as_topk_ranks_them():
     scores = torch.tensor([[1.0, float("inf"), float("nan"), -float("inf"), -0.5, 0.0]])
-    best, columns = triton_form.module("product_key")._top(scores, 6)
-    assert columns.tolist() == [[2, 1, 0, 5, 4, 3]]
-    assert_close(best, scores.topk(6).values, equal_nan=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        best, columns = top(scores, 6, dtype)
+        assert columns.tolist() == [[2, 1, 0, 5, 4, 3]]
+        assert_close(best, scores.topk(6).values, equal_nan=True)
 
 
-def test_a_row_of_many_groups_is_ranked_as_topk_ranks_it_with_numbers_that_are_not_finite():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_of_many_groups_is_ranked_as_topk_ranks_it_with_numbers_that_are_not_finite(dtype):
     scores = torch.randn(5, 700, generator=torch.Generator().manual_seed(0))
     scores[:, ::97] = float("nan")
     scores[1, 3::50] = float("inf")
     scores[2] = -float("inf")
     scores[3] = 0.5
-    best, columns = triton_form.module("product_key")._top(scores, 16)
-    assert_close(best, scores.topk(16).values, equal_nan=True, rtol=0, atol=0)
+    best, columns = top(scores, 16, dtype)
+    near = 0 if dtype == torch.float32 else 2**-15  # whose last digits are not ranked
+    assert_close(best, scores.topk(16).values, equal_nan=True, rtol=near, atol=0)
     assert_close(best, scores.gather(1, columns.long()), equal_nan=True, rtol=0, atol=0)
     assert (columns.sort(dim=1).values.diff(dim=1) > 0).all()
 

@@ -3,19 +3,21 @@
 Scores are float32. Where queries are, tl.dot in "tf32x3" splits each factor in two, which leaves errors of float32's
 own size; queries in bfloat16 are multiplied as they are, with keys that lose no more digits than the queries have lost.
 
-A row's top k are found in two steps: its columns are cut into groups, of which the k with the largest maxima hold all
-winners; then the winners are taken among these groups' columns. Each step takes maxima one by one, which is exact
-whatever the numbers; as a maximum costs the row's length, k above `MOST_WINNERS` and more than `MOST_SUB_KEYS` sub-keys
-go to the reference.
+A row's top k are found in two steps: its columns are cut into groups of neighbours, of which the k with the largest
+maxima hold all winners; then the winners are taken among these groups' columns. Each step takes maxima one by one,
+which is exact whatever the numbers; as a maximum costs the row's length, k above `MOST_WINNERS` and more than
+`MOST_SUB_KEYS` sub-keys go to the reference. Few threads share a row: maxima that many find together cost several times
+as much.
 
 The gradient of the sub-keys takes one of two ways: a product of (sub-keys x tokens) gradients, which are put in their
 places on the way, and queries, which costs sub-keys x tokens; or sorted entries, as for a table, which does not.
 
 Floats are compared as integers of the same order: NaN ranks above infinity, as in `torch.topk`, and a number is
-told from its equals by its place.
+told from its equals by its place. Scores of bfloat16 queries are ranked by all of their digits but the last few, where
+the place stands instead.
 
-Legend: `T` tokens, `H` heads, `P` = 2 halves, `K` retrieved, `S` = side, `Q` width of a half, `C` candidate pairs,
-`G` groups of `W` columns, `R` rows.
+Legend: `T` tokens, `H` heads, `P` = 2 halves, `K` retrieved, `L` of each half, `S` = side, `Q` width of a half, `C`
+candidates, `G` groups of `W` columns.
 """
 
 import math
@@ -32,16 +34,16 @@ from myriad.kernels.product_key import (
     reference_backward,
     reference_forward,
 )
-from myriad.kernels.triton.launch import PROGRAMS, TILE, launch
+from myriad.kernels.triton.launch import PROGRAMS, SUM_COLUMNS, SUM_ENTRIES, TILE, launch
 from myriad.kernels.triton.products import add_weighted, product_dtype
-from myriad.kernels.triton.segments import Terms, segment_sums, segments
+from myriad.kernels.triton.segments import Terms, narrowest, segment_sums, segments
 
 MOST_WINNERS = 64
 MOST_SUB_KEYS = 4096
 SCORES_PER_BLOCK = 2**26
 """Sub-key scores held at once: 256 MB, so that a layer's step takes few launches."""
 NUMBERS_PER_WARP = 1024
-"""Scores that one warp ranks at a time: the maxima of several rows are taken together."""
+"""Scores that one warp ranks at a time: 32 a thread, of several rows."""
 MOST_PLACED = 512
 """Sub-keys of a half up to which a product is the faster gradient, where it multiplies bfloat16."""
 TOKENS_AT_ONCE = 64
@@ -56,18 +58,14 @@ def forward(queries_THPQ: Tensor, keys_HPSQ: Tensor, k: int) -> tuple[Tensor, Te
     side = keys_HPSQ.shape[2]
     if k > MOST_WINNERS or side > MOST_SUB_KEYS:
         return reference_forward(queries_THPQ, keys_HPSQ, k)
-    queries, keys = queries_THPQ.contiguous(), keys_HPSQ.contiguous()
-    if queries.dtype == torch.bfloat16:
-        keys = keys.bfloat16()
+    queries, keys = queries_THPQ.contiguous(), _multiplied_with(queries_THPQ, keys_HPSQ)
     scores_THK = torch.empty(tokens, heads, k, dtype=torch.float32, device=queries.device)
     ids_THK = torch.empty(tokens, heads, k, dtype=torch.int64, device=queries.device)
-    pairs = _pairs(k, side, queries.device)
     step = max(1, SCORES_PER_BLOCK // (heads * 2 * side))
     for start in range(0, tokens, step):
         block = slice(start, start + step)
-        halves = _sub_key_scores(queries[block], keys)
-        best, columns = _top(halves.view(-1, side), min(k, side))
-        _top_pairs(best, columns, pairs, side, scores_THK[block], ids_THK[block])
+        halves = _best_sub_keys(queries[block], keys, min(k, side))
+        _best_sums(*halves, side, queries.dtype, scores_THK[block], ids_THK[block])
     return scores_THK.to(torch.promote_types(queries_THPQ.dtype, keys_HPSQ.dtype)), ids_THK
 
 
@@ -76,11 +74,17 @@ def backward(grad_THK: Tensor, ids_THK: Tensor, queries_THPQ: Tensor, keys_HPSQ:
     if grad_THK.shape[-1] > MOST_WINNERS:
         return reference_backward(grad_THK, ids_THK, queries_THPQ, keys_HPSQ)
     grad_THK, ids_THK = grad_THK.contiguous(), ids_THK.contiguous()
-    queries, keys = queries_THPQ.contiguous(), keys_HPSQ.contiguous()
-    return _query_gradients(grad_THK, ids_THK, queries, keys), _key_gradients(grad_THK, ids_THK, queries, keys)
+    queries, keys = queries_THPQ.contiguous(), _multiplied_with(queries_THPQ, keys_HPSQ)
+    grad_keys = _key_gradients(grad_THK, ids_THK, queries, keys)
+    return _query_gradients(grad_THK, ids_THK, queries, keys), grad_keys.to(keys_HPSQ.dtype)
 
 
 FUNCTIONS = ProductKeyFunctions(forward, backward)
+
+
+def _multiplied_with(queries_THPQ: Tensor, keys_HPSQ: Tensor) -> Tensor:
+    """The keys as queries are multiplied with them."""
+    return (keys_HPSQ.bfloat16() if queries_THPQ.dtype == torch.bfloat16 else keys_HPSQ).contiguous()
 
 
 @cache
@@ -90,105 +94,121 @@ def _pairs(k: int, side: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return first.to(device, torch.int32), second.to(device, torch.int32)
 
 
-def _sub_key_scores(queries_THPQ: Tensor, keys_HPSQ: Tensor) -> Tensor:
-    """Every sub-key's score, float32 of shape (T, H, 2, S)."""
+def _best_sub_keys(queries_THPQ: Tensor, keys_HPSQ: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The best scores of each half, float32, and their sub-keys, int32: both of shape (H, 2, L, T)."""
+    scores_HPTS, maxima_HPGT = _sub_key_scores(queries_THPQ, keys_HPSQ, count)
+    return _top(scores_HPTS, maxima_HPGT, count, queries_THPQ.dtype)
+
+
+def _grouping(side: int, count: int) -> tuple[int, int]:
+    """Groups of a row, and columns of a group, of which 1 is none."""
+    width, winners = triton.next_power_of_2(side), triton.next_power_of_2(count)
+    # As many groups as columns of the groups that are left: the two steps are equally long.
+    groups = min(width, triton.next_power_of_2(math.isqrt(width * winners)))
+    return groups, width // groups
+
+
+def _sub_key_scores(queries_THPQ: Tensor, keys_HPSQ: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Every sub-key's score, float32 of shape (H, 2, T, S), and the largest of each group, of shape (H, 2, G, T), empty
+    without groups."""
     tokens, heads, _, width = queries_THPQ.shape
     side = keys_HPSQ.shape[2]
-    scores = torch.empty(tokens, heads, 2, side, dtype=torch.float32, device=queries_THPQ.device)
+    groups, size = _grouping(side, count)
+    scores = torch.empty(heads, 2, tokens, side, dtype=torch.float32, device=queries_THPQ.device)
+    maxima = scores.new_empty(heads, 2, groups if size > 1 else 0, tokens)
     rows = 64 if tokens > 32 else 16
     columns = min(128, max(16, triton.next_power_of_2(side)))
+    narrow = queries_THPQ.dtype == torch.bfloat16
     launch(
         _scores,
         (triton.cdiv(tokens, rows), triton.cdiv(side, columns), heads * 2),
         queries_THPQ,
         keys_HPSQ,
         scores,
+        maxima,
         tokens,
         HALVES=heads * 2,
         S=side,
         Q=width,
+        G=groups,
+        W=size,
+        NEAR=min(8, columns // size),
         BLOCK_T=rows,
         BLOCK_S=columns,
-        BLOCK_Q=min(64 if queries_THPQ.dtype == torch.bfloat16 else 32, max(16, triton.next_power_of_2(width))),
+        BLOCK_Q=min(128 if narrow else 32, max(16, triton.next_power_of_2(width))),
         PRODUCT=product_dtype(queries_THPQ.dtype),
         num_warps=4,
-        num_stages=2,
+        num_stages=1 if narrow else 2,
     )
-    return scores
+    return scores, maxima
 
 
-def _top(scores_RS: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest numbers of every row, float32, and their columns, int32: both of shape (R, k)."""
-    width, winners = scores_RS.shape[1], triton.next_power_of_2(k)
-    # As many groups as columns of the groups that are left: the two steps are equally long.
-    groups = triton.next_power_of_2(math.isqrt(triton.next_power_of_2(width) * winners))
-    size = triton.next_power_of_2(width) // groups
-    if size < 2:
-        return _ranked(scores_RS, k)
-    _, chosen_RK = _ranked(_group_maxima(scores_RS, groups, size), k)
-    return _ranked(scores_RS, k, chosen_RK, size)
-
-
-def _group_maxima(scores_RS: Tensor, groups: int, size: int) -> Tensor:
-    """The largest number of each group of neighbouring columns, float32 of shape (R, groups)."""
-    rows, width = scores_RS.shape
-    out_RG = torch.empty(rows, groups, dtype=torch.float32, device=scores_RS.device)
-    block = max(1, TILE // size)
-    options = {"S": width, "G": groups, "W": size, "BLOCK_G": block, "num_warps": 4}
-    launch(_maxima, (triton.cdiv(rows * groups, block),), scores_RS, out_RG, rows * groups, **options)
-    return out_RG
-
-
-def _ranked(scores_RS: Tensor, k: int, groups_RK: Tensor | None = None, size: int = 1) -> tuple[Tensor, Tensor]:
-    """The k largest numbers of every row, or of some groups of columns of each, and their columns."""
-    rows, width = scores_RS.shape
-    best = torch.empty(rows, k, dtype=torch.float32, device=scores_RS.device)
-    columns = torch.empty(rows, k, dtype=torch.int32, device=scores_RS.device)
-    padded = triton.next_power_of_2(width if groups_RK is None else k * size)
-    block = min(32, max(1, NUMBERS_PER_WARP // padded))
+def _top(scores_HPTS: Tensor, maxima_HPGT: Tensor, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The largest numbers of every row and their columns, in the shape of `_best_sub_keys`."""
+    heads, _, tokens, side = scores_HPTS.shape
+    groups, size = _grouping(side, count)
+    best = torch.empty(heads, 2, count, tokens, dtype=torch.float32, device=scores_HPTS.device)
+    columns = torch.empty(heads, 2, count, tokens, dtype=torch.int32, device=scores_HPTS.device)
+    candidates = triton.next_power_of_2(count * size) if size > 1 else groups
+    rows = _rows_of(tokens, heads * 2, max(groups, candidates))
     launch(
-        _top_rows,
-        (triton.cdiv(rows, block),),
-        scores_RS,
-        columns if groups_RK is None else groups_RK,
+        _top_columns,
+        (triton.cdiv(tokens, rows), heads * 2),
+        scores_HPTS,
+        maxima_HPGT,
         best,
         columns,
-        rows,
-        S=width,
-        K=k,
-        GROUPED=groups_RK is not None,
+        tokens,
+        S=side,
+        L=count,
+        G=groups,
         W=size,
-        BLOCK_R=block,
-        BLOCK_C=padded,
-        num_warps=1,  # several would share rows, and wait for each other at every maximum
+        EXACT=dtype != torch.bfloat16,
+        BLOCK_C=candidates,
+        BLOCK_L=triton.next_power_of_2(count),
+        BLOCK_T=rows,
+        num_warps=1,
     )
     return best, columns
 
 
-def _top_pairs(
-    best_RK: Tensor, columns_RK: Tensor, pairs: tuple[Tensor, Tensor], side: int, scores: Tensor, ids: Tensor
-):
-    """Write the best sums of one score of each half, for rows that are the two halves in turn."""
-    rows = len(best_RK) // 2
-    padded = triton.next_power_of_2(len(pairs[0]))
-    block = max(1, TILE // padded)
+def _best_sums(
+    best_HPLT: Tensor, columns_HPLT: Tensor, side: int, dtype: torch.dtype, scores_THK: Tensor, ids_THK: Tensor
+) -> None:
+    """Write the best sums of one score of each half, and the experts."""
+    tokens, heads, k = scores_THK.shape
+    firsts, seconds = _pairs(k, side, scores_THK.device)
+    candidates = triton.next_power_of_2(len(firsts))
+    rows = _rows_of(tokens, heads, candidates)
     launch(
         _top_sums,
-        (triton.cdiv(rows, block),),
-        best_RK,
-        columns_RK,
-        *pairs,
-        scores,
-        ids,
-        rows,
+        (triton.cdiv(tokens, rows), heads),
+        best_HPLT,
+        columns_HPLT,
+        firsts,
+        seconds,
+        scores_THK,
+        ids_THK,
+        tokens,
+        H=heads,
         S=side,
-        HALF_K=best_RK.shape[1],
-        C=len(pairs[0]),
-        K=scores.shape[-1],
-        BLOCK_R=block,
-        BLOCK_C=padded,
-        num_warps=4,
+        L=best_HPLT.shape[2],
+        C=len(firsts),
+        K=k,
+        EXACT=dtype != torch.bfloat16,
+        BLOCK_C=candidates,
+        BLOCK_K=triton.next_power_of_2(k),
+        BLOCK_T=rows,
+        num_warps=1,
     )
+
+
+def _rows_of(tokens: int, halves: int, candidates: int) -> int:
+    """Rows of so many candidates that a warp ranks: fewer where few warps would leave the GPU idle."""
+    rows = max(1, NUMBERS_PER_WARP // candidates)
+    while rows > 4 and triton.cdiv(tokens, rows) * halves < PROGRAMS:
+        rows //= 2
+    return rows
 
 
 def _query_gradients(grad_THK: Tensor, ids_THK: Tensor, queries_THPQ: Tensor, keys_HPSQ: Tensor) -> Tensor:
@@ -197,7 +217,7 @@ def _query_gradients(grad_THK: Tensor, ids_THK: Tensor, queries_THPQ: Tensor, ke
     winners = ids_THK.shape[-1]
     out_THPQ = torch.empty_like(queries_THPQ)
     columns = max(16, triton.next_power_of_2(width))
-    block = min(triton.next_power_of_2(winners), max(1, TILE // columns))
+    block = min(triton.next_power_of_2(winners), max(1, SUM_ENTRIES * SUM_COLUMNS // columns))
     launch(
         _winners_sub_keys,
         (ids_THK.shape[0] * heads, 2),
@@ -211,7 +231,7 @@ def _query_gradients(grad_THK: Tensor, ids_THK: Tensor, queries_THPQ: Tensor, ke
         Q=width,
         BLOCK_K=block,
         BLOCK_Q=columns,
-        num_warps=2,
+        num_warps=1,
     )
     return out_THPQ
 
@@ -220,16 +240,19 @@ def _key_gradients(grad_THK: Tensor, ids_THK: Tensor, queries_THPQ: Tensor, keys
     """For each sub-key the sum over its winners of grad * half of a query."""
     narrow = queries_THPQ.dtype == torch.bfloat16
     way = _placed_gradients if narrow and keys_HPSQ.shape[2] <= MOST_PLACED else _sorted_gradients
-    return way(grad_THK, ids_THK, queries_THPQ, keys_HPSQ).to(keys_HPSQ.dtype)
+    return way(grad_THK, ids_THK, queries_THPQ, keys_HPSQ)
 
 
 def _sorted_gradients(grad_THK: Tensor, ids_THK: Tensor, queries_THPQ: Tensor, keys_HPSQ: Tensor) -> Tensor:
     heads, _, side, width = keys_HPSQ.shape
-    sub_keys_THPK = torch.stack((ids_THK // side, ids_THK % side), dim=2)
-    first_row_HP = torch.arange(heads * 2, device=ids_THK.device).view(1, heads, 2, 1) * side
-    rows_MK = (sub_keys_THPK + first_row_HP).flatten(0, 2)
-    grad_MK = grad_THK.unsqueeze(2).expand_as(sub_keys_THPK).flatten(0, 2)
-    found = segments(rows_MK, heads * 2 * side, sparse=False)
+    tokens, _, winners = ids_THK.shape
+    rows = heads * 2 * side
+    rows_MK = torch.empty(tokens * heads * 2, winners, dtype=narrowest(rows), device=ids_THK.device)
+    grad_MK = grad_THK.new_empty(rows_MK.shape)
+    grid = (triton.cdiv(grad_THK.numel(), TILE // 4),)
+    sizes = {"H": heads, "K": winners, "S": side, "BLOCK": TILE // 4}
+    launch(_half_entries, grid, grad_THK, ids_THK, grad_MK, rows_MK, grad_THK.numel(), **sizes, num_warps=4)
+    found = segments(rows_MK, rows, sparse=False)
     (sums,) = segment_sums(found, Terms(grad_MK, queries_THPQ.reshape(-1, width), torch.float32))
     return sums.view_as(keys_HPSQ)
 
@@ -270,30 +293,55 @@ def _scores(
     queries,
     keys,
     scores,
+    maxima,
     tokens,
     HALVES: tl.constexpr,
     S: tl.constexpr,
     Q: tl.constexpr,
+    G: tl.constexpr,
+    W: tl.constexpr,
+    NEAR: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     PRODUCT: tl.constexpr,
 ):
-    half = tl.program_id(2)
-    token = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
-    column = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
-    row = token * HALVES + half
+    half = tl.program_id(2).to(tl.int64)
+    first = tl.program_id(0).to(tl.int64) * BLOCK_T
+    token = first + tl.arange(0, BLOCK_T)
+    # A thread has every eighth column of a product: columns are dealt such that it has all W of a group, next to which
+    # lie those of the other seven.
+    column = tl.arange(0, BLOCK_S)
+    dealt = column // (NEAR * W) * (NEAR * W) + column % NEAR * W + column // NEAR % W
+    column += tl.program_id(1) * BLOCK_S
+    dealt += tl.program_id(1) * BLOCK_S
     sums = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
     for start in range(0, Q, BLOCK_Q):
         feature = start + tl.arange(0, BLOCK_Q)
         there = feature < Q
         mask = (token < tokens)[:, None] & there[None, :]
-        query = tl.load(queries + row[:, None] * Q + feature[None, :], mask=mask, other=0.0)
-        mask = there[:, None] & (column < S)[None, :]
-        key = tl.load(keys + (half * S + column)[None, :] * Q + feature[:, None], mask=mask, other=0.0)
+        query = tl.load(queries + (token * HALVES + half)[:, None] * Q + feature[None, :], mask=mask, other=0.0)
+        mask = there[:, None] & (dealt < S)[None, :]
+        key = tl.load(keys + (half * S + dealt)[None, :] * Q + feature[:, None], mask=mask, other=0.0)
         sums = tl.dot(query.to(PRODUCT), key.to(PRODUCT), sums, input_precision="tf32x3")
+    if W > 1:
+        if S % BLOCK_S != 0:
+            sums = tl.where((dealt < S)[None, :], sums, float("-inf"))
+        groups: tl.constexpr = BLOCK_S // W
+        sums = tl.reshape(sums, (BLOCK_T, groups // NEAR, W, NEAR))
+        best = tl.reshape(tl.reduce(sums, 2, _larger), (BLOCK_T, groups))
+        group = tl.program_id(1) * groups + tl.arange(0, groups)
+        mask = (token < tokens)[:, None] & (group < G)[None, :]
+        tl.store(maxima + (half * G + group)[None, :] * tokens + token[:, None], best, mask=mask)
+        sums = tl.reshape(tl.trans(sums, (0, 1, 3, 2)), (BLOCK_T, BLOCK_S))
     mask = (token < tokens)[:, None] & (column < S)[None, :]
-    tl.store(scores + row[:, None] * S + column[None, :], sums, mask=mask)
+    tl.store(scores + (half * tokens + token)[:, None] * S + column[None, :], sums, mask=mask)
+
+
+@triton.jit
+def _larger(a, b):
+    """The larger number, or NaN."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -304,65 +352,84 @@ def _rank(x):
 
 
 @triton.jit
-def _number(rank):
-    """The number of a rank."""
-    return (rank ^ ((rank >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+def _with_places(ranks, EXACT: tl.constexpr, C: tl.constexpr):
+    """Ranks of C candidates of each column; where they need not be exact, with the candidate in the last digits, the
+    first one the largest."""
+    if not EXACT:
+        ranks = (ranks & -C) | (C - 1 - tl.arange(0, C))[:, None]
+    return ranks
 
 
 @triton.jit
-def _take_best(ranks, places):
-    """The largest of every row of ranks, the first place where it stands, and the ranks without it."""
-    best = tl.max(ranks, 1)
-    place = tl.min(tl.where(ranks == tl.expand_dims(best, 1), places, 0x7FFFFFFF), 1)
-    return best, place, tl.where(places == tl.expand_dims(place, 1), LOWEST, ranks)
+def _places_of_best(ranks, EXACT: tl.constexpr, C: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """For every column the places of its K largest ranks, the first ones among equals, as rows."""
+    found = tl.zeros((BLOCK_K, ranks.shape[1]), tl.int32)
+    for winner in range(K):
+        best = tl.expand_dims(tl.max(ranks, 0), 0)
+        if EXACT:
+            candidate = tl.arange(0, C)[:, None]
+            place = tl.expand_dims(tl.min(tl.where(ranks == best, candidate, C - 1), 0), 0)
+            ranks = tl.where(candidate == place, LOWEST, ranks)
+        else:
+            place = C - 1 - (best & (C - 1))
+            ranks = tl.where(ranks == best, LOWEST, ranks)
+        found = tl.where(tl.arange(0, BLOCK_K)[:, None] == winner, place, found)
+    return found
 
 
-@triton.jit(do_not_specialize=["groups"])
-def _maxima(scores, maxima, groups, S: tl.constexpr, G: tl.constexpr, W: tl.constexpr, BLOCK_G: tl.constexpr):
-    """Of groups of all rows, of which each row has G."""
-    group = tl.program_id(0).to(tl.int64) * BLOCK_G + tl.arange(0, BLOCK_G)
-    column = (group % G * W)[:, None] + tl.arange(0, W)[None, :]
-    inside = (group < groups)[:, None] & (column < S)
-    numbers = tl.load(scores + (group // G * S)[:, None] + column, mask=inside, other=0.0)
-    ranks = tl.where(inside, _rank(numbers), LOWEST)
-    tl.store(maxima + group, _number(tl.max(ranks, 1)), mask=group < groups)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _top_rows(
+@triton.jit(do_not_specialize=["tokens"])
+def _top_columns(
     scores,
-    chosen,
+    maxima,
     best,
     columns,
-    rows,
+    tokens,
     S: tl.constexpr,
-    K: tl.constexpr,
-    GROUPED: tl.constexpr,
+    L: tl.constexpr,
+    G: tl.constexpr,
     W: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    EXACT: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):
-    """Of rows, or of K groups of W columns of each."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    candidate = tl.arange(0, BLOCK_C)[None, :]
-    exists = row < rows
-    if GROUPED:
-        there = exists[:, None] & (candidate < K * W)
-        group = tl.load(chosen + row[:, None] * K + candidate // W, mask=there, other=0)
-        column = group * W + candidate % W
-        inside = there & (column < S)
+    """Of rows, through groups of columns if these have more than one."""
+    half = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(0) * BLOCK_T
+    row = tl.arange(0, BLOCK_T)[None, :]
+    exists = row < tokens - first
+    winner = tl.arange(0, BLOCK_L)[:, None]
+    candidate = tl.arange(0, BLOCK_C)[:, None]
+    # What a half has of a block of tokens takes 32-bit offsets, which are half as many registers.
+    scores += (half * tokens + first) * S
+    columns += half * L * tokens + first
+    best += half * L * tokens + first
+    out = winner * tokens + row
+    written = exists & (winner < L)
+    if W > 1:
+        group = tl.arange(0, G)[:, None]
+        there = exists & (group * W < S)
+        numbers = tl.load(maxima + half * G * tokens + first + (group * tokens + row), mask=there, other=0.0)
+        ranks = tl.where(there, _rank(numbers), LOWEST)
+        tl.store(columns + out, _places_of_best(_with_places(ranks, EXACT, G), EXACT, G, L, BLOCK_L), mask=written)
+        tl.debug_barrier()  # what some threads have written, others read
+        there = exists & (candidate < L * W)
+        column = tl.load(columns + (candidate // W * tokens + row), mask=there, other=0) * W + candidate % W
     else:
-        column = tl.broadcast_to(candidate, (BLOCK_R, BLOCK_C))
-        inside = exists[:, None] & (column < S)
-    numbers = tl.load(scores + row[:, None] * S + column, mask=inside, other=0.0)
-    ranks = tl.where(inside, _rank(numbers), LOWEST)
-    for winner in range(K):
-        rank, place, ranks = _take_best(ranks, column)
-        tl.store(best + row * K + winner, _number(rank), mask=exists)
-        tl.store(columns + row * K + winner, place, mask=exists)
+        there = exists & (candidate < S)
+        column = tl.broadcast_to(candidate, (BLOCK_C, BLOCK_T))
+    numbers = tl.load(scores + (row * S + column), mask=there & (column < S), other=0.0)
+    ranks = _with_places(tl.where(there & (column < S), _rank(numbers), LOWEST), EXACT, BLOCK_C)
+    place = _places_of_best(ranks, EXACT, BLOCK_C, L, BLOCK_L)
+    if W > 1:
+        group = tl.load(columns + (place // W * tokens + row), mask=written, other=0)
+        place = group * W + place % W
+        tl.debug_barrier()  # the groups have been read
+    tl.store(columns + out, place, mask=written)
+    tl.store(best + out, tl.load(scores + (row * S + place), mask=written, other=0.0), mask=written)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["tokens"])
 def _top_sums(
     best,
     columns,
@@ -370,34 +437,43 @@ def _top_sums(
     seconds,
     scores,
     ids,
-    rows,
+    tokens,
+    H: tl.constexpr,
     S: tl.constexpr,
-    HALF_K: tl.constexpr,
+    L: tl.constexpr,
     C: tl.constexpr,
     K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    EXACT: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    exists = row < rows
+    head = tl.program_id(1).to(tl.int64)
+    first_token = tl.program_id(0).to(tl.int64) * BLOCK_T
+    row = tl.arange(0, BLOCK_T)[None, :]
+    exists = row < tokens - first_token
     candidate = tl.arange(0, BLOCK_C)
     there = candidate < C
-    inside = exists[:, None] & there[None, :]
-    left = best + 2 * row * HALF_K
-    right = left + HALF_K
-    first = tl.load(firsts + candidate, mask=there, other=0)
-    second = tl.load(seconds + candidate, mask=there, other=0)
-    sums = tl.load(left[:, None] + first[None, :], mask=inside, other=0.0)
-    sums += tl.load(right[:, None] + second[None, :], mask=inside, other=0.0)
-    ranks = tl.where(inside, _rank(sums), LOWEST)
-    for winner in range(K):
-        rank, place, ranks = _take_best(ranks, candidate[None, :])
-        tl.store(scores + row * K + winner, _number(rank), mask=exists)
-        left_column = tl.load(columns + 2 * row * HALF_K + tl.load(firsts + place, mask=exists, other=0), mask=exists)
-        right_column = tl.load(
-            columns + (2 * row + 1) * HALF_K + tl.load(seconds + place, mask=exists, other=0), mask=exists
-        )
-        tl.store(ids + row * K + winner, left_column.to(tl.int64) * S + right_column, mask=exists)
+    best += head * 2 * L * tokens + first_token
+    columns += head * 2 * L * tokens + first_token
+    right = L * tokens
+    first = tl.load(firsts + candidate, mask=there, other=0)[:, None]
+    second = tl.load(seconds + candidate, mask=there, other=0)[:, None]
+    inside = there[:, None] & exists
+    sums = tl.load(best + (first * tokens + row), mask=inside, other=0.0)
+    sums += tl.load(best + (right + second * tokens + row), mask=inside, other=0.0)
+    ranks = _with_places(tl.where(inside, _rank(sums), LOWEST), EXACT, BLOCK_C)
+    place = _places_of_best(ranks, EXACT, BLOCK_C, K, BLOCK_K)
+    winner = tl.arange(0, BLOCK_K)[:, None]
+    written = exists & (winner < K)
+    left = tl.load(firsts + place, mask=written, other=0) * tokens + row
+    right += tl.load(seconds + place, mask=written, other=0) * tokens + row
+    score = tl.load(best + left, mask=written, other=0.0) + tl.load(best + right, mask=written, other=0.0)
+    expert = tl.load(columns + left, mask=written, other=0).to(tl.int64) * S
+    expert += tl.load(columns + right, mask=written, other=0)
+    out = ((first_token + row) * H + head) * K + winner
+    tl.store(scores + out, score, mask=written)
+    tl.store(ids + out, expert, mask=written)
 
 
 @triton.jit
@@ -439,6 +515,24 @@ def _sub_key(ids, half, S: tl.constexpr):
     else:
         sub_key = ids % S
     return sub_key
+
+
+@triton.jit(do_not_specialize=["entries"])
+def _half_entries(
+    grads, ids, grads_out, rows, entries, H: tl.constexpr, K: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr
+):
+    """For every winner two entries, one of each half: its gradient and its sub-key's row."""
+    entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    exists = entry < entries
+    expert = tl.load(ids + entry, mask=exists, other=0)
+    grad = tl.load(grads + entry, mask=exists, other=0.0)
+    query = entry // K
+    first_row = query % H * 2 * S
+    place = query * 2 * K + entry % K
+    tl.store(rows + place, (first_row + expert // S).to(rows.dtype.element_ty), mask=exists)
+    tl.store(rows + place + K, (first_row + S + expert % S).to(rows.dtype.element_ty), mask=exists)
+    tl.store(grads_out + place, grad, mask=exists)
+    tl.store(grads_out + place + K, grad, mask=exists)
 
 
 @triton.jit(do_not_specialize=["tokens", "share"])

@@ -24,6 +24,8 @@ CHUNK = 1024
 """Sorted entries of a chunk."""
 ROW_ENTRIES = 2
 """Entries of a row at once: with more a program needs more registers, so that fewer programs wait side by side."""
+LONG_ROW = 256
+"""Entries of a row, in the mean, from which a program has several warps for it, as for a piece."""
 
 
 class Terms(NamedTuple):
@@ -56,7 +58,7 @@ def segments(ids_TA: Tensor, rows: int, sparse: bool) -> Segments:
     Only the sparse form waits for the device, once: for the number of distinct rows.
     """
     ids_M = ids_TA.reshape(-1)
-    rows_M, order_M = torch.sort(ids_M.to(_narrowest(rows)), stable=True)
+    rows_M, order_M = torch.sort(ids_M.to(narrowest(rows)), stable=True)
     if sparse:
         first = torch.ones(len(ids_M) + 1, dtype=torch.bool, device=ids_M.device)
         torch.ne(rows_M[1:], rows_M[:-1], out=first[1:-1])
@@ -67,7 +69,7 @@ def segments(ids_TA: Tensor, rows: int, sparse: bool) -> Segments:
     return Segments(rows_M, order_M, torch.searchsorted(rows_M, every), ids_TA.new_empty(0), ids_TA.shape[1])
 
 
-def _narrowest(rows: int) -> torch.dtype:
+def narrowest(rows: int) -> torch.dtype:
     """The smallest integers that hold 0 to `rows`: fewer bits to sort."""
     return torch.int16 if rows < 2**15 else torch.int32 if rows < 2**31 else torch.int64
 
@@ -88,7 +90,10 @@ def segment_sums(found: Segments, *terms: Terms) -> list[Tensor]:
     tiles = triton.cdiv(width, columns)
     added = [tensor.contiguous() for one in (first, last) for tensor in one[:2]]
     block = TILE // columns // len(terms)
+    at_once = block if entries >= LONG_ROW * count else ROW_ENTRIES
+    small = max(entries, first.source_TD.numel()) < 2**31
     sizes = {"A": found.entries, "D": width, "CHUNK": CHUNK, "BLOCK_D": columns, "TWO": len(terms) == 2}
+    sizes |= {"INDEX": tl.int32 if small else tl.int64}
     launch(
         _piece_sums,
         (2 * chunks, tiles),
@@ -113,8 +118,8 @@ def segment_sums(found: Segments, *terms: Terms) -> list[Tensor]:
         outs[0],
         outs[-1],
         **sizes,
-        BLOCK_E=ROW_ENTRIES,
-        num_warps=1,
+        BLOCK_E=at_once,
+        num_warps=warps_of(at_once * columns * len(terms)),
     )
     return outs
 
@@ -132,6 +137,7 @@ def _entry_sums(
     A: tl.constexpr,
     D: tl.constexpr,
     TWO: tl.constexpr,
+    INDEX: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -141,19 +147,23 @@ def _entry_sums(
     for start in range(begin, end, BLOCK_E):
         place = start + tl.arange(0, BLOCK_E)
         exists = place < end
-        entry = tl.load(order + place, mask=exists, other=0)
-        mask = exists[:, None] & (column < D)[None, :]
+        # Beyond the end stands the last entry, without weight: masked loads would cost more than adding does.
+        entry = tl.load(order + tl.minimum(place, end - 1)).to(INDEX)
         places = (entry // A)[:, None] * D + column[None, :]
-        sums += _weighted(weights, source, entry, places, exists, mask)
+        sums += _weighted(weights, source, entry, places, exists, column, D, BLOCK_D)
         if TWO:
-            more_sums += _weighted(more_weights, more_source, entry, places, exists, mask)
+            more_sums += _weighted(more_weights, more_source, entry, places, exists, column, D, BLOCK_D)
     return tl.sum(sums, 0), tl.sum(more_sums, 0)
 
 
 @triton.jit
-def _weighted(weights, source, entry, places, exists, mask):
-    weight = tl.load(weights + entry, mask=exists, other=0.0).to(tl.float32)
-    return weight[:, None] * tl.load(source + places, mask=mask, other=0.0).to(tl.float32)
+def _weighted(weights, source, entry, places, exists, column, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    weight = tl.where(exists, tl.load(weights + entry).to(tl.float32), 0.0)
+    if D % BLOCK_D == 0:
+        rows = tl.load(source + places)
+    else:
+        rows = tl.load(source + places, mask=(column < D)[None, :], other=0.0)
+    return weight[:, None] * rows.to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["entries"])  # no kernel is compiled anew for another number of tokens
@@ -171,6 +181,7 @@ def _piece_sums(
     D: tl.constexpr,
     CHUNK: tl.constexpr,
     TWO: tl.constexpr,
+    INDEX: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -178,8 +189,8 @@ def _piece_sums(
     starts in it and goes on into chunk c + 1."""
     piece = tl.program_id(0).to(tl.int64)
     goes_out = piece % 2
-    first = piece // 2 * CHUNK
-    last = tl.minimum(first + CHUNK, entries)
+    first = (piece // 2 * CHUNK).to(INDEX)
+    last = tl.minimum(first + CHUNK, entries).to(INDEX)
     place = first + tl.arange(0, CHUNK)
     there = tl.load(rows + place, mask=place < last, other=-1)
     if goes_out:
@@ -198,7 +209,7 @@ def _piece_sums(
     if wanted:
         column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         terms = (order, weights, source, more_weights, more_source)
-        sums, more_sums = _entry_sums(*terms, begin, end, column, A, D, TWO, BLOCK_E, BLOCK_D)
+        sums, more_sums = _entry_sums(*terms, begin, end, column, A, D, TWO, INDEX, BLOCK_E, BLOCK_D)
         tl.store(pieces + piece * D + column, sums, mask=column < D)
         if TWO:
             tl.store(more_pieces + piece * D + column, more_sums, mask=column < D)
@@ -220,19 +231,20 @@ def _row_sums(
     D: tl.constexpr,
     CHUNK: tl.constexpr,
     TWO: tl.constexpr,
+    INDEX: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     segment = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = column < D
-    begin = tl.load(starts + segment)
-    end = tl.load(starts + segment + 1)
+    begin = tl.load(starts + segment).to(INDEX)
+    end = tl.load(starts + segment + 1).to(INDEX)
     first = begin // CHUNK
     last = tl.maximum(end - 1, begin) // CHUNK
     if first == last:
         terms = (order, weights, source, more_weights, more_source)
-        sums, more_sums = _entry_sums(*terms, begin, end, column, A, D, TWO, BLOCK_E, BLOCK_D)
+        sums, more_sums = _entry_sums(*terms, begin, end, column, A, D, TWO, INDEX, BLOCK_E, BLOCK_D)
     else:
         sums = _sum_of_pieces(pieces, first, last, column, D, BLOCK_E, BLOCK_D)
         more_sums = sums
@@ -247,10 +259,11 @@ def _row_sums(
 def _sum_of_pieces(pieces, first, last, column, D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr):
     """Of a segment from chunk `first` to chunk `last`."""
     inside = column < D
-    sums = tl.load(pieces + (2 * first + 1) * D + column, mask=inside, other=0.0)
+    pieces += column
+    sums = tl.load(pieces + (2 * first + 1).to(tl.int64) * D, mask=inside, other=0.0)
     parts = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
     for start in range(first + 1, last + 1, BLOCK_E):
-        chunk = start + tl.arange(0, BLOCK_E)
+        chunk = (start + tl.arange(0, BLOCK_E)).to(tl.int64)
         mask = (chunk <= last)[:, None] & inside[None, :]
-        parts += tl.load(pieces + (2 * chunk)[:, None] * D + column[None, :], mask=mask, other=0.0)
+        parts += tl.load(pieces[None, :] + (2 * chunk)[:, None] * D, mask=mask, other=0.0)
     return sums + tl.sum(parts, 0)
