@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from myriad.kernels import expert_lookup
-from myriad.kernels.table_gradient import sparse_gradient
+from myriad.kernels.table_gradient import dense_gradients, sparse_gradient
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "none": lambda x: x}
 quick = settings(deadline=None, max_examples=60)
@@ -135,6 +135,15 @@ def test_gradients_are_sparse_where_a_batch_touches_at_most_half(experts, layout
     expert_lookup(*case).sum().backward()
     assert case.down.grad.layout == case.up.grad.layout == layout
     assert sparse_gradient(4, 3, experts) == (layout == torch.sparse_coo)
+
+
+def test_gradients_are_dense_where_sizes_must_be_known():
+    case = problem(tokens=4, active=3, experts=24)
+    with dense_gradients():
+        y = expert_lookup(*case)
+    y.sum().backward()  # what the forward pass chose holds
+    assert case.down.grad.layout == case.up.grad.layout == torch.strided
+    assert sparse_gradient(4, 3, 24)
 
 
 def test_without_gradients_sparse_changes_nothing():

@@ -3,10 +3,15 @@
 Legend: `T` tokens, `A` rows looked up by each, `N` rows of the table, `D` width, `U` distinct rows of the batch.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 from myriad.kernels.bags import distinct_row_sums, row_sums
+
+_dense_alone = False
 
 
 def sparse_gradient(tokens: int, active: int, experts: int) -> bool:
@@ -14,7 +19,21 @@ def sparse_gradient(tokens: int, active: int, experts: int) -> bool:
 
     Decided from the sizes alone, so that every step and every rank decides alike.
     """
-    return 2 * tokens * active <= experts
+    return not _dense_alone and 2 * tokens * active <= experts
+
+
+@contextmanager
+def dense_gradients() -> Iterator[None]:
+    """Let the gradients of all lookups inside a `with` block be dense, in every thread of the process.
+
+    A sparse one has a size that only the device knows, which CUDA graphs, whose sizes are fixed, cannot wait for.
+    """
+    global _dense_alone
+    before, _dense_alone = _dense_alone, True
+    try:
+        yield
+    finally:
+        _dense_alone = before
 
 
 def table_gradient(
