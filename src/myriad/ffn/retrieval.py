@@ -112,7 +112,7 @@ def _moments(x_TF: Tensor, mask_T: Tensor | None) -> Tensor:
         x_TF = x_TF.masked_fill(~mask_T.unsqueeze(1), 0)
         count = mask_T.sum()
     else:
-        count = torch.tensor(float(len(x_TF)), device=x_TF.device)
+        count = torch.full((), float(len(x_TF)), device=x_TF.device)
     counts = count.to(x_TF.dtype).expand(x_TF.shape[1])
     return torch.stack((counts, x_TF.sum(0), (x_TF * x_TF).sum(0)))
 
