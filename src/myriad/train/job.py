@@ -5,7 +5,7 @@ need no state: each step's are seeded by its number.
 """
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from myriad.data.stream import Stream
 from myriad.models import LanguageModel
 from myriad.train.logs import broken_seals, seal_logs
 from myriad.train.optim import NamedState, RoleOptimizer, optimizer_state, restore_optimizer
+from myriad.train.passes import ForwardBackward
 from myriad.train.precision import Precision, autocast
 from myriad.train.record import Display
 from myriad.train.replica import Replica
@@ -63,6 +64,8 @@ class Job:
     model: LanguageModel
     replica: Replica
     """The model as this process trains it."""
+    forward_backward: ForwardBackward
+    """How it goes through a micro-batch."""
     optimizer: RoleOptimizer
     stream: Stream
     validation: Split
@@ -82,8 +85,8 @@ class Job:
     """Of logs that were damaged when the run was resumed; kept, so that the damage stays known."""
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The context of forward passes; with weights of bfloat16, products are in it of themselves."""
-        return nullcontext() if self.run.optim.weights == "bfloat16" else autocast(self.precision, self.device)
+        """The context of forward passes."""
+        return autocast(self.precision, self.device, self.run.optim.weights)
 
     @property
     def checkpoint_folders(self) -> Path:

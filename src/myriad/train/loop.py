@@ -100,20 +100,14 @@ def _backward(job: Job, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, L
     Returns:
         the loss, the auxiliary loss and the loads, the same in every process.
     """
-    world = distributed.world_size()
-    windows = job.run.micro_windows // world
+    windows = job.run.micro_windows // distributed.world_size()
     parts = list(zip(ids.split(windows), targets.split(windows), strict=True))
-    count = targets.numel() * world  # the stream gives every position a target
     loss, aux_loss = torch.zeros((), device=job.device), torch.zeros((), device=job.device)
     loads: Loads = []
     for number, (part_ids, part_targets) in enumerate(parts, 1):
         with job.replica.collecting(last=number == len(parts)):
-            with job.autocast():
-                output = job.replica(part_ids.to(job.device), part_targets.to(job.device))
-            assert output.loss is not None
-            mean, aux = output.loss / count, output.aux_loss / (len(parts) * world)
-            (mean + aux).backward()
-        loss, aux_loss = loss + mean.detach(), aux_loss + aux.detach()
+            output = job.forward_backward(part_ids, part_targets)
+        loss, aux_loss = loss + output.loss, aux_loss + output.aux_loss
         loads = _add_loads(loads, output.loads)
     job.replica.total_tables()
     return _total(loss, aux_loss, loads)

@@ -17,6 +17,9 @@ def resolve_precision(asked: Literal["auto", "float32", "bfloat16"], device: tor
     return "bfloat16" if multiplies_bfloat16_fast(device.type) else "float32"
 
 
-def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
-    """The context in which a forward pass runs."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
+def autocast(
+    precision: Precision, device: torch.device, weights: Precision = "float32"
+) -> AbstractContextManager[object]:
+    """The context in which a forward pass runs; with weights of bfloat16, products are in it of themselves."""
+    casts = precision == "bfloat16" and weights == "float32"
+    return torch.autocast(device.type, torch.bfloat16) if casts else nullcontext()

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,7 +31,8 @@ from myriad.train.job import Job, read_state, restore
 from myriad.train.logs import append_line
 from myriad.train.loop import Outcome, train
 from myriad.train.optim import build_optimizer, freeze, hold_weights
-from myriad.train.precision import Precision, resolve_precision
+from myriad.train.passes import Launched
+from myriad.train.precision import Precision, autocast, resolve_precision
 from myriad.train.record import Display, Metrics, Record, Silent
 from myriad.train.replica import Replica
 from myriad.train.run import RunConfig
@@ -213,17 +215,26 @@ def _build_job(run: RunConfig, out: Path, store: Store, display: Display, newest
     optimizer = build_optimizer(
         model, optim.lr, optim.table_lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
     )
+    replica, precision = Replica(model), _precision(run, device, newest)
+    passes = distributed.world_size() * (run.batch.tokens // run.micro_tokens)
     return Job(
         run=run,
         folder=out,
         store=store,
         model=model,
-        replica=Replica(model),
+        replica=replica,
+        forward_backward=Launched(
+            replica,
+            partial(autocast, precision, device, optim.weights),
+            device,
+            targets=run.batch.tokens,  # the stream gives every position one
+            passes=passes,
+        ),
         optimizer=optimizer,
         stream=stream,
         validation=store.split("validation"),
         device=device,
-        precision=_precision(run, device, newest),
+        precision=precision,
         steps=run.budget.in_steps(run.batch.tokens, stream.windows, run.windows_per_step),
         display=display,
     )
