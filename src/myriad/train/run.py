@@ -88,6 +88,8 @@ class TrainConfig(Config):
     fast."""
     compile: bool = False
     """Whether every block goes through `torch.compile`."""
+    cuda_graph: bool = False
+    """Whether a micro-batch's forward and backward passes are captured once as a CUDA graph and replayed."""
     activation_checkpointing: bool = False
     """Whether the backward pass computes each block again, to hold less."""
     max_skipped: PositiveInt = 10
@@ -160,6 +162,15 @@ class RunConfig(Config):
     def _products_follow_the_weights(self) -> Self:
         if self.optim.weights == "bfloat16" and self.train.precision == "float32":
             raise ValueError("train.precision = float32: with optim.weights = bfloat16, products are in bfloat16, too")
+        return self
+
+    @model_validator(mode="after")
+    def _a_graph_keeps_what_it_computed(self) -> Self:
+        if self.train.cuda_graph and self.train.activation_checkpointing:
+            raise ValueError(
+                "train.cuda_graph: not with train.activation_checkpointing = true, which sets random numbers back for "
+                "what it computes again"
+            )
         return self
 
     @model_validator(mode="after")

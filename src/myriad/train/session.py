@@ -26,6 +26,7 @@ from myriad.ffn.base import ffn_configs
 from myriad.kernels.hardware import processor
 from myriad.models import LanguageModel
 from myriad.models.transformer import Block
+from myriad.train.captured import Captured, CudaGraphs
 from myriad.train.initial import initial_model
 from myriad.train.job import Job, read_state, restore
 from myriad.train.logs import append_line
@@ -74,6 +75,7 @@ def fit(
         distributed.once(lambda: _refuse_present(out, resume))
         _refuse_uneven_shares(run)
         _refuse_few_tokens(run)
+        _refuse_graph(run)
         store = open_store(run.data, out, display)
         run = with_store_vocabulary(run, store)
         with _alone_in(out), _naming_lack_of_memory(run):
@@ -83,6 +85,8 @@ def fit(
             job = _build_job(run, out, store, display, newest)
             if newest is not None:
                 restore(job, newest)
+            if run.train.cuda_graph:
+                job.forward_backward = _captured(job)
             distributed.once(lambda: _record_session(job))
             with _telling(job, trackers) as tell:
                 return train(job, tell)
@@ -109,6 +113,18 @@ def _refuse_few_tokens(run: RunConfig) -> None:
         if tokens < least:
             kind = ffn.model_dump()["kind"]
             raise ConfigError(f"batch: {tokens} tokens computed at once are fewer than {kind} takes, which is {least}")
+
+
+def _refuse_graph(run: RunConfig) -> None:
+    if not run.train.cuda_graph:
+        return
+    world = distributed.world_size()
+    if world > 1:
+        raise ConfigError(
+            f"train.cuda_graph: is for one process alone, not for {world}, whose exchange of gradients is not captured"
+        )
+    if distributed.device().type != "cuda":
+        raise ConfigError("train.cuda_graph: needs a CUDA device, of which there is none here")
 
 
 @contextmanager
@@ -256,6 +272,21 @@ def _apply_run_time_choices(run: RunConfig, model: LanguageModel) -> None:
         for module in model.modules():
             if isinstance(module, Block):
                 module.compile()
+
+
+def _captured(job: Job) -> Captured:
+    """The passes as graphs, captured on the first micro-batch of the data."""
+    run = job.run
+    ids, targets = job.stream.batch(0, run.micro_windows)
+    job.model.train()
+    return Captured(
+        job.forward_backward,
+        ids.to(job.device),
+        targets.to(job.device),
+        job.model.parameters(),
+        CudaGraphs(job.device),
+        accumulates=run.micro_tokens < run.batch.tokens,
+    )
 
 
 @contextmanager
