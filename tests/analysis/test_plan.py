@@ -18,7 +18,7 @@ from myriad.kernels import rounded_adamw
 from myriad.models import LanguageModel, LMOutput, TransformerConfig
 from myriad.train.optim import OptimConfig, build_optimizer, hold_weights
 from myriad.train.precision import autocast
-from myriad.train.run import BatchConfig, BudgetConfig, DataConfig, RunConfig
+from myriad.train.run import BatchConfig, BudgetConfig, DataConfig, RunConfig, TrainConfig
 from tiny import tiny_model
 
 CPU = torch.device("cpu")
@@ -111,6 +111,21 @@ def run_of(**options) -> RunConfig:
         "batch": BatchConfig(tokens=512),
     }
     return RunConfig(**settings | options)
+
+
+def test_a_captured_run_has_dense_gradients_and_keeps_what_its_graph_works_with():
+    ffn = PEERConfig(experts=64**2, heads=2, experts_per_head=2, d_key=8)
+    model = tiny_model(vocab_size=50, layers=1, ffns={"f": ffn}, pattern=["f"])
+    layout, cpu = Layout("bfloat16 weights", False, 1), torch.device("cpu")
+    options = {"model": model, "batch": BatchConfig(tokens=256)}
+    launched, captured = (
+        memory_of(run_of(**options, train=TrainConfig(cuda_graph=on)), layout, cpu) for on in (False, True)
+    )
+    tables = 2 * 64**2 * model.d_model * 2
+    rows = 2 * 256 * 4 * (model.d_model * 2 + 8)
+    assert captured.gradients - launched.gradients == tables - rows
+    assert captured.activations == launched.activations
+    assert captured.peak > launched.peak + tables - rows
 
 
 def test_moments_are_those_that_the_optimizer_makes():

@@ -1,6 +1,7 @@
 """The ways in which a run can be laid out here, and the memory that each takes of a device."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Literal, NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 from myriad.analysis.plan.dry_run import dry_step
 from myriad.kernels.rounded_adamw import CHUNK, LARGE_CHUNK
+from myriad.kernels.table_gradient import dense_gradients
 from myriad.models import LanguageModel
 from myriad.train.optim import freeze, hold_weights
 from myriad.train.run import RunConfig
@@ -56,14 +58,15 @@ def memory_of(run: RunConfig, layout: Layout, device: torch.device) -> Memory:
         device: whose operations are counted.
     """
     passes = run.batch.tokens // run.micro_tokens
-    step = dry_step(
-        lambda: _build(run, layout),
-        run.micro_windows // layout.devices,
-        run.model.context,
-        precision="bfloat16" if layout.numbers == "bfloat16 products" else "float32",
-        device=device,
-        with_gradients=passes > 1 or layout.devices > 1,
-    )
+    with dense_gradients() if run.train.cuda_graph else nullcontext():
+        step = dry_step(
+            lambda: _build(run, layout),
+            run.micro_windows // layout.devices,
+            run.model.context,
+            precision="bfloat16" if layout.numbers == "bfloat16 products" else "float32",
+            device=device,
+            with_gradients=passes > 1 or layout.devices > 1,
+        )
     with torch.device("meta"):
         model = _build(run, layout)
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
@@ -74,7 +77,8 @@ def memory_of(run: RunConfig, layout: Layout, device: torch.device) -> Memory:
     joined = passes * step.largest_rows if passes > 1 else 0
     gathered = 3 * layout.devices * step.largest_rows if layout.devices > 1 else 0
     update = max(_update(model, device), joined, gathered)
-    peak = max(step.peak, step.gradients + update) + tables
+    # What a graph works with stays its own between its replays.
+    peak = (step.peak + update if run.train.cuda_graph else max(step.peak, step.gradients + update)) + tables
     return Memory(weights, moments, step.gradients + tables, step.kept, weights + moments + peak)
 
 
