@@ -6,9 +6,10 @@
 
 A time is the median over repetitions in which all measured functions take turns, each after a pass over a buffer
 that leaves nothing of its inputs in the cache. Functions are timed by events on the device, launched one by one as in
-training. Bytes are counted, not measured: `bytes` counts every looked-up row as often as it is looked up,
-`fewest_bytes` each distinct row once. Measured shapes come in order of weight; those for which no time is left are
-listed as such. The smoke run shows that the script works: its figures are not measurements.
+training; `replayed` steps have their forward and backward passes in a CUDA graph, as with train.cuda_graph. Bytes are
+counted, not measured: `bytes` counts every looked-up row as often as it is looked up, `fewest_bytes` each distinct row
+once. Measured shapes come in order of weight; those for which no time is left are listed as such. The smoke run shows
+that the script works: its figures are not measurements.
 """
 
 import argparse
@@ -26,12 +27,20 @@ from typing import Any, NamedTuple
 
 STARTED = time.monotonic()
 ROOT = Path(__file__).parents[1]
-TESTS = "tests/kernels/test_triton_gpu.py"
+TESTS = ("tests/kernels/test_triton_gpu.py", "tests/train/test_captured.py")
 GPT2_VOCABULARY = 50257
 FLUSH_BYTES = 2**29
 """Ten times the largest GPU's cache."""
 
 Step = Callable[[], Any]
+
+
+class Training(NamedTuple):
+    """A layer in training."""
+
+    passes: Step
+    """Forward and backward."""
+    optimizer: Any
 
 
 def main() -> None:
@@ -86,6 +95,8 @@ def check(options: argparse.Namespace, report: dict[str, Any]) -> None:
     for measure in (bench.whole_model, bench.decode):
         report[measure.__name__] = bench.or_out_of_memory(measure)
         print(measure.__name__, json.dumps(report[measure.__name__]))
+    for shape in () if interpreted else LAYERS:
+        report.setdefault("kernels", []).append(bench.kernels_of(shape))
     for shape in tiny() if interpreted else shapes(options.quick):
         rows = bench.no_time_left(shape) or bench.measure(shape, report["copy_gigabytes_per_second"])
         report["measurements" if isinstance(rows, list) else "skipped"] += rows if isinstance(rows, list) else [rows]
@@ -95,7 +106,7 @@ def check(options: argparse.Namespace, report: dict[str, Any]) -> None:
 def run_tests() -> dict[str, Any]:
     """The GPU's tests in processes of their own: most of their time goes into compiling kernels."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", TESTS]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", *TESTS]
     command += ["-n", str(min(12, os.cpu_count() or 1))] if find_spec("xdist") else []
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     print(done.stdout[-4000:])
@@ -118,6 +129,10 @@ class Shape(NamedTuple):
     @property
     def active(self) -> int:
         return self.heads * self.per_head
+
+
+LAYERS = [Shape(16384, 256, side, "bfloat16") for side in (1024, 256)]
+"""Whose kernels are listed."""
 
 
 def shapes(quick: bool) -> Iterator[Shape]:
@@ -220,8 +235,8 @@ class Bench:
                 row |= {"bytes": gathered, "fewest_bytes": fewest, "gigabytes_per_second": round(speed, 1)}
                 row["share_of_copy"] = round(speed / copy_gigabytes_per_second, 3)
                 row["share_of_copy_fewest"] = round(fewest / ms["median"] / 1e6 / copy_gigabytes_per_second, 3)
-            if name == "layer step":
-                theirs = steps.get("PEER-pytorch step")
+            if name.startswith("layer step"):
+                theirs = steps.get(name.replace("layer", "PEER-pytorch", 1))
                 row |= {"PEER-pytorch": note} if note else {}
                 row |= {"times_as_fast_as_peer_pytorch": round(theirs["median"] / ms["median"], 2)} if theirs else {}
             rows.append(row)
@@ -232,16 +247,48 @@ class Bench:
         """Training steps of our layer and, side by side, PEER-pytorch's, or why not."""
         import torch
 
-        steps = {"layer step": layer_step(shape, self.device)}
+        ours = layer_training(shape, self.device)
+        steps, note = self.both_ways("layer step", ours), None
         try:
-            steps["PEER-pytorch step"] = peer_pytorch_step(shape, self.device)
-            return self.times(steps), None
+            theirs = peer_pytorch_training(shape, self.device)
+            return self.times(steps | self.both_ways("PEER-pytorch step", theirs)), None
         except (ImportError, torch.OutOfMemoryError) as error:
             note = "not installed" if isinstance(error, ImportError) else "out of memory"
-        steps.pop("PEER-pytorch step", None)
         if self.on_gpu:
             torch.cuda.empty_cache()
         return self.times(steps), note
+
+    def both_ways(self, name: str, training: Training) -> dict[str, Step]:
+        """A step launched kernel by kernel and, if it can be captured, with its passes replayed."""
+        steps: dict[str, Step] = {name: launched(training)}
+        if self.on_gpu:
+            try:
+                steps[f"{name}, replayed"] = replayed(training)
+            except RuntimeError as error:
+                print(f"{name} cannot be captured: {error}")
+        return steps
+
+    def kernels_of(self, shape: Shape) -> dict[str, Any]:
+        """The time that each kernel of a layer's training step takes, in microseconds, by PyTorch's profiler."""
+        import torch
+        from torch.profiler import ProfilerActivity, profile
+
+        step, rounds = launched(layer_training(shape, self.device)), 5
+        for _ in range(3):
+            step()
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as found:
+            for _ in range(rounds):
+                step()
+            torch.cuda.synchronize()
+        kernels = [(event.key, event.count, event.device_time_total) for event in found.key_averages()]
+        kernels = sorted((kernel for kernel in kernels if kernel[2]), key=lambda kernel: -kernel[2])
+        return {
+            "what": shape._asdict(),
+            "microseconds": round(sum(time for *_, time in kernels) / rounds, 1),
+            "launches": sum(count for _, count, _ in kernels) / rounds,
+            "longest": {name[:80]: [count / rounds, round(time / rounds, 1)] for name, count, time in kernels[:24]},
+        }
 
     def decode(self) -> dict[str, Any]:
         """One token through a layer: launched kernel by kernel, and replayed as one CUDA graph."""
@@ -393,27 +440,24 @@ def byte_counts(shape: Shape, distinct: int, sparse: bool) -> dict[str, tuple[in
     }
 
 
-def layer_step(shape: Shape, device: Any) -> Step:
-    """A training step of the layer: forward, backward, optimizer."""
+def layer_training(shape: Shape, device: Any) -> Training:
+    """Our layer with the optimizer that training has."""
     from myriad.train.optim import build_optimizer
     from myriad.train.precision import autocast
 
     layer = new_layer(shape, device)
-    optimizer = build_optimizer(layer, lr=1e-4)
     x, grad_y = inputs(shape, device)
 
-    def step() -> None:
+    def passes() -> None:
         with autocast(shape.dtype, device):
             y = layer(x).y
         y.backward(grad_y.to(y.dtype))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
 
-    return step
+    return Training(passes, build_optimizer(layer, lr=1e-4))
 
 
-def peer_pytorch_step(shape: Shape, device: Any) -> Step:
-    """The same step of PEER-pytorch's layer, with PyTorch's fastest Adam, which moves every row of its tables."""
+def peer_pytorch_training(shape: Shape, device: Any) -> Training:
+    """The same of PEER-pytorch's layer, with PyTorch's fastest Adam, which moves every row of its tables."""
     import torch
     from PEER_pytorch import PEER
 
@@ -428,15 +472,44 @@ def peer_pytorch_step(shape: Shape, device: Any) -> Step:
             dim_key=shape.d_key,
             non_competing_scores=False,  # as the paper: a softmax over each head's experts; else it keeps one of them
         )
-    optimizer = torch.optim.Adam(layer.parameters(), lr=1e-4, fused=True)
     x, grad_y = (tensor.unsqueeze(0) for tensor in inputs(shape, device))
     if shape.dtype == "bfloat16":
         x = x.float()  # its autocast casts what it multiplies
 
-    def step() -> None:
+    def passes() -> None:
         with autocast(shape.dtype, device):
             y = layer(x)
         y.backward(grad_y.to(y.dtype))
+
+    return Training(passes, torch.optim.Adam(layer.parameters(), lr=1e-4, fused=True))
+
+
+def launched(training: Training) -> Step:
+    """A training step: forward, backward, optimizer."""
+
+    def step() -> None:
+        training.passes()
+        training.optimizer.step()
+        training.optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def replayed(training: Training) -> Step:
+    """The same with the passes captured once, whose gradients lie where the graph writes them."""
+    from myriad.kernels.table_gradient import dense_gradients
+
+    optimizer = training.optimizer
+    with dense_gradients():
+        replay = graph_of(training.passes, prepare=optimizer.zero_grad)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    gradients = [parameter.grad for parameter in parameters]
+    optimizer.zero_grad(set_to_none=True)
+
+    def step() -> None:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        replay()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -467,8 +540,12 @@ def model_step(model: Any, ids: Any, windows: int, device: Any) -> Step:
     return step
 
 
-def graph_of(function: Step) -> Step:
-    """A function's kernels captured once and replayed together."""
+def graph_of(function: Step, prepare: Step = lambda: None) -> Step:
+    """A function's kernels captured once and replayed together.
+
+    Args:
+        prepare: called between the rehearsals and the capture.
+    """
     import torch
 
     stream = torch.cuda.Stream()
@@ -477,6 +554,7 @@ def graph_of(function: Step) -> Step:
         for _ in range(3):
             function()
     torch.cuda.current_stream().wait_stream(stream)
+    prepare()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         function()
@@ -491,7 +569,7 @@ def print_rows(shape: Shape, rows: list[dict[str, Any]]) -> None:
         more = "" if share is None else f"{row['gigabytes_per_second']:8,.0f} GB/s, {share:.0%} of copy"
         more += f"  {row['times_as_fast_as_peer_pytorch']} x" if "times_as_fast_as_peer_pytorch" in row else ""
         more += f"  PEER-pytorch: {row['PEER-pytorch']}" if "PEER-pytorch" in row else ""
-        print(f"  {row['op']:24s}{ms['median']:10.3f} ms {spread:24s}{more}", flush=True)
+        print(f"  {row['op']:28s}{ms['median']:10.3f} ms {spread:24s}{more}", flush=True)
 
 
 if __name__ == "__main__":
