@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from myriad.config import MyriadError
 from myriad.kernels import (
+    batch_norm,
     choices,
     current,
     expert_lookup,
@@ -165,7 +166,9 @@ def test_choices_refuse_what_cannot_run(fake_op):
 
 def test_every_op_runs_through_the_registry(monkeypatch):
     asked = []
-    for module in ("product_key", "expert_lookup", "value_lookup", "table_update", "rounded_adamw", "cross_entropy"):
+    steps = ["table_update", "rounded_adamw"]
+    ops = ["product_key", "expert_lookup", "value_lookup", *steps, "cross_entropy", "batch_norm"]
+    for module in ops:
         path = f"myriad.kernels.{module}"
         monkeypatch.setattr(sys.modules[path], "resolve", lambda op, *what: (asked.append(op), resolve(op, *what))[1])
     table = torch.randn(4, 3)
@@ -177,7 +180,8 @@ def test_every_op_runs_through_the_registry(monkeypatch):
     options = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "step": 1, "seed": 0}
     rounded_adamw(*(torch.zeros(4).bfloat16() for _ in range(3)), torch.ones(4), **options)
     softmax_gradient(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), 2)
-    assert asked == ["product_key", "expert_lookup", "value_lookup", "table_update", "rounded_adamw", "cross_entropy"]
+    batch_norm(table, *torch.zeros(3, 3))
+    assert asked == ops
 
 
 class TestComputesDirectly:
@@ -204,7 +208,9 @@ class TestComputesDirectly:
             scores, ids = product_key(queries, keys, 2)
             expert_lookup(x, ids.flatten(1), scores.flatten(1), table, table)
             value_lookup(ids.flatten(1), scores.flatten(1), table)
-        assert {"myriad::product_key", "myriad::expert_lookup", "myriad::value_lookup"} <= seen.names
+            batch_norm(x, *torch.zeros(3, 4))
+        lookups = {"myriad::product_key", "myriad::expert_lookup", "myriad::value_lookup"}
+        assert lookups | {"myriad::batch_norm"} <= seen.names
 
     def test_values_are_those_of_the_ops(self):
         queries, keys = torch.randn(3, 1, 2, 4), torch.randn(2, 5, 4)

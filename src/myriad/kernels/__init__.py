@@ -1,5 +1,6 @@
 """Arithmetic with several implementations: `use("reference")` chooses, `auto` is the default."""
 
+from myriad.kernels.batch_norm import batch_norm
 from myriad.kernels.cross_entropy import cross_entropy, softmax_gradient
 from myriad.kernels.expert_lookup import expert_lookup
 from myriad.kernels.product_key import product_key
@@ -9,6 +10,7 @@ from myriad.kernels.table_update import lazy_adam, new_moments
 from myriad.kernels.value_lookup import value_lookup
 
 __all__ = [
+    "batch_norm",
     "choices",
     "cross_entropy",
     "current",
