@@ -12,6 +12,7 @@ import triton_form
 from torch import Tensor
 
 from myriad.kernels import (
+    batch_norm,
     cross_entropy,
     expert_lookup,
     lazy_adam,
@@ -194,3 +195,28 @@ def test_cross_entropy_of_few_columns_that_are_not_aligned(compiled, tmp_path):
     softmax_gradient(torch.zeros(4, 11), torch.zeros(4, dtype=torch.int64), 11)
     (kernel,) = compiled.values()
     assert_is_sound(kernel, tmp_path)
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batch_norm(dtype, weight_dtype, compiled, tmp_path):
+    """What passes over the tokens reads and writes 16 bytes at once, and sums have the next tiles on their way."""
+    weight, bias = (normal(2048, dtype=weight_dtype) for _ in range(2))
+    batch_norm(normal(4096, 2048, dtype=dtype), weight, bias, torch.zeros(2048))[0].sum().backward()
+    sums, writers = {"_moment_sums", "_gradient_sums"}, {"_normalise", "_differentiate"}
+    assert set(compiled) == sums | writers | {"_statistics", "_factors"}
+    for name, kernel in compiled.items():
+        assert_is_sound(kernel, tmp_path)
+        if name in sums:
+            assert set(re.findall(r"cp\.async\.c[ag]\.\S+", kernel.asm["ptx"])) == {"cp.async.cg.shared.global"}, name
+        if name in writers:
+            assert WIDE_LOAD in kernel.asm["ptx"], name
+            assert set(re.findall(r"st\.global\.\S+", kernel.asm["ptx"])) == {"st.global.v4.b32"}, name
+
+
+@pytest.mark.parametrize("features", [1, 300])
+def test_batch_norm_of_features_that_are_not_aligned(features, compiled, tmp_path):
+    vectors = normal(features), normal(features), torch.zeros(features)
+    batch_norm(normal(100, features, dtype=torch.bfloat16), *vectors)[0].sum().backward()
+    for kernel in compiled.values():
+        assert_is_sound(kernel, tmp_path)

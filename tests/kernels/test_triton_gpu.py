@@ -14,6 +14,7 @@ from triton_form import assert_near
 from myriad.analysis.plan.dry_run import LiveBytes
 from myriad.ffn import PEERConfig
 from myriad.kernels import (
+    batch_norm,
     choices,
     cross_entropy,
     expert_lookup,
@@ -435,3 +436,95 @@ def test_a_dry_run_counts_the_loss_as_it_is():
     with FakeTensorMode(), LiveBytes() as live:
         run()
     assert live.peak == pytest.approx(found, rel=0.1)
+
+
+def batch(tokens: int, features: int, dtype: torch.dtype, *, mean: float = 0.0) -> list[Tensor]:
+    """Tokens, weight, bias and a center near their means."""
+    deviation = torch.linspace(0.1, 3, features, device=CUDA)
+    x = mean + torch.randn(tokens, features, device=CUDA) * deviation
+    weight, bias, away = torch.randn(3, features, device=CUDA).unbind()
+    return [x.to(dtype), weight, bias, mean + 0.3 * away * deviation]
+
+
+def normalised_and_gradients(case: list[Tensor], upstream: Tensor) -> list[Tensor]:
+    inputs = [tensor.detach().requires_grad_() for tensor in case[:3]]
+    y, moments = batch_norm(*inputs, case[3])
+    return [y, moments, *torch.autograd.grad(y, inputs, upstream.to(y.dtype))]
+
+
+@pytest.mark.parametrize("weight_dtype", [FLOAT32, BFLOAT16])
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+@pytest.mark.parametrize(
+    ("tokens", "features"), [(16384, 2048), (1024, 2048), (33, 4096), (5001, 300), (1000, 1), (70000, 7), (20, 256)]
+)
+def test_batch_norm(tokens, features, dtype, weight_dtype):
+    case = batch(tokens, features, dtype)
+    case[1:3] = (vector.to(weight_dtype) for vector in case[1:3])
+    upstream = torch.randn(tokens, features, device=CUDA).to(dtype)
+    with use("triton"):
+        mine = normalised_and_gradients(case, upstream)
+    with use("reference"):
+        expected = normalised_and_gradients([tensor.double() for tensor in case], upstream)
+    assert [tensor.dtype for tensor in mine] == [dtype, FLOAT32, dtype, weight_dtype, weight_dtype]
+    for one, other in zip(mine, expected, strict=True):
+        assert_near(one, other.to(one.dtype), close(one.dtype))
+
+
+def test_batch_norm_of_features_far_from_zero():
+    """Hundreds of standard deviations away, with a center near them: only the mean's own digits are lost."""
+    case = batch(16384, 256, FLOAT32, mean=300.0)
+    upstream = torch.randn(16384, 256, device=CUDA)
+    with use("triton"):
+        mine = normalised_and_gradients(case, upstream)
+    with use("reference"):
+        expected = normalised_and_gradients([tensor.double() for tensor in case], upstream)
+    for one, other in zip(mine, expected, strict=True):
+        assert_near(one, other.to(one.dtype), 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+def test_batch_norm_of_one_token(dtype):
+    x, weight, bias, center = batch(1, 2048, dtype)
+    with use("triton"):
+        y, moments = batch_norm(x, weight, bias, center)
+    away = x[0].float() - center
+    assert_close(moments, torch.stack((torch.ones_like(away), away, away * away)))
+    assert_close(y[0].float(), bias, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+def test_batch_norm_is_bit_equal_from_run_to_run(dtype):
+    case, upstream = batch(16384, 2048, dtype), torch.randn(16384, 2048, device=CUDA)
+    with use("triton"):
+        first, again = (normalised_and_gradients(case, upstream) for _ in range(2))
+    assert all(map(torch.equal, first, again))
+
+
+def test_batch_norm_of_more_than_2_31_numbers():
+    """Its last rows, by the formula, from sums that PyTorch takes."""
+    rows, features = 2**20 + 3, 2048
+    torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info()[0] < 30e9:
+        pytest.skip("needs 30 GB of free memory")
+    x, upstream = (torch.randn(rows, features, dtype=BFLOAT16, device=CUDA) for _ in range(2))
+    weight, bias = torch.ones(features, device=CUDA), torch.zeros(features, device=CUDA)
+    with use("triton"):
+        y, moments = batch_norm(x.requires_grad_(), weight, bias, torch.zeros_like(bias))
+        (grad,) = torch.autograd.grad(y, x, upstream)
+    last, y, grad, last_upstream = (tensor[-8:].detach().float() for tensor in (x, y, grad, upstream))
+    assert_near(moments[1], x.detach().sum(0, dtype=FLOAT32), 1e-3)
+    # Of numbers as many as these, drawn at random, mean and gradients' sums are nearly zero.
+    assert_near(y, last, 1e-2)
+    assert_near(grad, last_upstream, 1e-2)
+
+
+def test_torch_compile_of_a_layer_with_normalised_queries():
+    layer = PEERConfig(experts=64**2).build(256).to(CUDA)
+    x = torch.randn(1024, 256, device=CUDA)
+    gradients = []
+    for forward in (layer, torch.compile(layer, fullgraph=True)):
+        layer.zero_grad(set_to_none=True)
+        forward(x).y.square().sum().backward()
+        gradients.append([p.grad for p in layer.parameters()])
+    for eager, compiled in zip(*gradients, strict=True):
+        assert_near(compiled, eager, 1e-3)

@@ -6,8 +6,8 @@ dtype, never cast and never copied. No kernel adds with atomics: the same input 
 - `bags.py`: the dot products of looked-up rows with a token, and their weighted sum.
 - `segments.py`: gradients of tables: entries sorted by row, one segment a row.
 - `rounding.py`: stochastic rounding.
-- `expert_lookup.py`, `value_lookup.py`, `product_key.py`, `table_update.py`, `rounded_adamw.py`, `cross_entropy.py`:
-  the ops.
+- `expert_lookup.py`, `value_lookup.py`, `product_key.py`, `table_update.py`, `rounded_adamw.py`, `cross_entropy.py`,
+  `batch_norm.py`: the ops.
 
 Under Triton's interpreter, which runs kernels on the CPU for tests, tensors of the CPU are taken as well.
 """
@@ -18,7 +18,15 @@ import torch
 from triton import knobs
 
 from myriad.kernels.registry import register
-from myriad.kernels.triton import cross_entropy, expert_lookup, product_key, rounded_adamw, table_update, value_lookup
+from myriad.kernels.triton import (
+    batch_norm,
+    cross_entropy,
+    expert_lookup,
+    product_key,
+    rounded_adamw,
+    table_update,
+    value_lookup,
+)
 
 
 def _register(op: str, functions: Any) -> None:
@@ -32,3 +40,4 @@ _register("value_lookup", value_lookup.FUNCTIONS)
 _register("table_update", table_update.FUNCTIONS)
 _register("rounded_adamw", rounded_adamw.FUNCTIONS)
 _register("cross_entropy", cross_entropy.FUNCTIONS)
+_register("batch_norm", batch_norm.FUNCTIONS)
