@@ -125,6 +125,28 @@ class TestLookups:
             for mine, theirs in zip(other, runs[0], strict=True):
                 assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.parametrize("experts", [64, 100_000])
+    def test_a_token_depends_on_no_other_token_and_on_no_number_of_threads(self, experts):
+        """To the last digit: a later layer that retrieves would turn a digit into another expert."""
+        ids = torch.randint(experts, (200, 32), generator=torch.Generator().manual_seed(0))
+        others = ids.clone()
+        others[100:] = torch.randint(experts, (100, 32), generator=torch.Generator().manual_seed(1)) // 3
+        x, weights, *tables = (
+            normal(200, 40, seed=3),
+            normal(200, 32, seed=4),
+            *(normal(experts, 40, seed=n) for n in (1, 2)),
+        )
+        before = torch.get_num_threads()
+        try:
+            runs = []
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                with use("numba"):
+                    runs += [expert_lookup(x, rows, weights, *tables)[:100] for rows in (ids, others)]
+        finally:
+            torch.set_num_threads(before)
+        assert all(torch.equal(run, runs[0]) for run in runs)
+
     def test_callers_in_several_threads_get_the_values_of_one(self):
         def lookup(seed: int) -> list[Tensor]:
             ids = torch.randint(5000, (128, 32), generator=torch.Generator().manual_seed(seed))

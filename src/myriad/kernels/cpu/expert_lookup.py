@@ -19,7 +19,9 @@ from myriad.kernels.cpu.rows import AHEAD, GRAIN, add_row, dot
 from myriad.kernels.cpu.simd import array, compiled, inlined, prefetch_row
 from myriad.kernels.cpu.table_gradient import (
     bounds_of_pieces,
+    digits_below,
     gradient_rows,
+    grouped,
     ids_tensor,
     past_cache,
     segments,
@@ -46,15 +48,12 @@ def _forward(
         array(down_dots_TA),
         array(down_dots_TA if gate is None else gate_dots_TA),
     )
+    y_TD = new_tensor(x.shape)
     if ids.numel() < len(down):
-        y_TD = new_tensor(x.shape)
         in_parallel(_visit_tokens, len(x), *arguments, array(y_TD), grain=GRAIN)
     else:
-        found, pieces = segments(ids, len(down)), torch.get_num_threads()
-        ys_PTD = new_tensor((pieces, *x.shape))
-        bounds = bounds_of_pieces(found, pieces)
-        in_parallel(_visit_experts, pieces, bounds, *found, *arguments, array(ys_PTD), grain=1)
-        y_TD = ys_PTD.sum(0)
+        pieces, digits = torch.get_num_threads(), digits_below(len(down))
+        in_parallel(_visit_experts, pieces, pieces, digits, *arguments, array(y_TD), grain=1)
     return y_TD.to(x.dtype), down_dots_TA, gate_dots_TA
 
 
@@ -112,10 +111,8 @@ def _visit_tokens(
 def _visit_experts(
     start: int,
     stop: int,
-    bounds: Any,
-    order: Any,
-    starts: Any,
-    experts: Any,
+    pieces: int,
+    digits: int,
     x: Any,
     ids: Any,
     weights: Any,
@@ -126,24 +123,26 @@ def _visit_experts(
     code: int,
     down_dots: Any,
     gate_dots: Any,
-    ys: Any,
+    y: Any,
 ) -> None:
     """The same expert by expert: where most are used, and by several tokens, each row is read once, in order.
 
-    Each piece of the work has outputs of its own, which are added up in order.
+    A piece of the work is some of the tokens. So a token's outputs are added up in the order of its experts, whatever
+    the other tokens are and however many threads there are: its logits depend on the rest of a batch in no digit.
     """
-    active = ids.shape[1]
+    tokens, active = ids.shape
     for piece in range(start, stop):
-        y = ys[piece]
-        y[:] = 0
-        for segment in range(bounds[piece], bounds[piece + 1]):
-            if segment + AHEAD < bounds[piece + 1]:
+        first, last = tokens * piece // pieces, tokens * (piece + 1) // pieces
+        y[first:last] = 0
+        order, starts, experts = grouped(ids[first:last].reshape(-1), digits)
+        for segment in range(len(experts)):
+            if segment + AHEAD < len(experts):
                 _prefetch(experts[segment + AHEAD], down, up, gate, gated)
             expert = experts[segment]
             for place in range(starts[segment], starts[segment + 1]):
-                token, a = order[place] // active, order[place] % active
+                token, a = first + order[place] // active, order[place] % active
                 if place + AHEAD < len(order):
-                    later = order[place + AHEAD] // active
+                    later = first + order[place + AHEAD] // active
                     prefetch_row(x, later)
                     prefetch_row(y, later)
                 hidden = _hidden(x, token, a, expert, down, gate, gated, code, down_dots, gate_dots)

@@ -36,22 +36,25 @@ class Segments(NamedTuple):
 
 def segments(ids: Tensor, rows: int) -> Segments:
     """Group the entries of a tensor of ids below `rows` by id."""
-    flat = array(ids).reshape(-1)
-    order, spare = np.empty(len(flat), np.int32), np.empty(len(flat), np.int32)
-    starts, distinct = np.empty(len(flat) + 1, np.int32), np.empty(len(flat), np.int64)
-    passes = max(1, -(-(rows - 1).bit_length() // DIGIT))
-    found = _sort(flat, passes, order, spare, starts, distinct)
-    return Segments(order, starts[: found + 1], distinct[:found])
+    return Segments(*grouped(array(ids).reshape(-1), digits_below(rows)))
+
+
+def digits_below(rows: int) -> int:
+    """How many digits the sort needs for ids below `rows`."""
+    return max(1, -(-(rows - 1).bit_length() // DIGIT))
 
 
 @compiled
-def _sort(ids: Any, passes: int, order: Any, spare: Any, starts: Any, distinct: Any) -> int:
+def grouped(ids: Any, digits: int) -> Any:
+    """The fields of `Segments` for ids of so many digits, of shape (M,)."""
+    order, spare = np.empty(len(ids), np.int32), np.empty(len(ids), np.int32)
+    starts, distinct = np.empty(len(ids) + 1, np.int32), np.empty(len(ids), np.int64)
     for entry in range(len(ids)):
         order[entry] = entry
-    for number in range(passes):
+    for number in range(digits):
         source, target = (order, spare) if number % 2 == 0 else (spare, order)
         _sort_by_digit(ids, number * DIGIT, source, target)
-    if passes % 2 == 1:
+    if digits % 2 == 1:
         order[:] = spare
     found = 0
     for place in range(len(order)):
@@ -60,7 +63,7 @@ def _sort(ids: Any, passes: int, order: Any, spare: Any, starts: Any, distinct: 
             starts[found], distinct[found] = place, value
             found += 1
     starts[found] = len(order)
-    return found
+    return order, starts[: found + 1], distinct[:found]
 
 
 @inlined
