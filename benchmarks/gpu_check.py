@@ -287,7 +287,7 @@ class Bench:
             "what": shape._asdict(),
             "microseconds": round(sum(time for *_, time in kernels) / rounds, 1),
             "launches": sum(count for _, count, _ in kernels) / rounds,
-            "longest": {name[:80]: [count / rounds, round(time / rounds, 1)] for name, count, time in kernels[:24]},
+            "longest": {name: [count / rounds, round(time / rounds, 1)] for name, count, time in kernels[:24]},
         }
 
     def decode(self) -> dict[str, Any]:
