@@ -246,6 +246,23 @@ def test_ctrl_c_that_a_library_made_an_error_of_its_own_of_ends_the_command_in_a
     assert capsys.readouterr().err == "myriad: interrupted\n"
 
 
+@pytest.mark.parametrize("moment", ["__enter__", "__exit__"])
+def test_ctrl_c_a_moment_before_or_after_it_is_looked_after_ends_the_command_in_a_line(monkeypatch, capsys, moment):
+    def interrupted(*_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("myriad.cli.app.app", lambda: None)
+    monkeypatch.setattr(cli._Interrupts, moment, interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "myriad: interrupted\n"
+
+
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc here to see what is loaded")
 @pytest.mark.parametrize(
     "delay", [0.0, 0.4, *(pytest.param(delay / 5, marks=pytest.mark.slow) for delay in range(1, 15))]

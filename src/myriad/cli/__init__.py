@@ -32,17 +32,24 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 
 def main() -> None:
     """Run the command line."""
-    os.environ.update(BEFORE_TORCH | os.environ)
-    _keep_freed_memory()
-    with _Interrupts() as interrupts:
-        try:
-            from myriad.cli.app import app
+    try:
+        os.environ.update(BEFORE_TORCH | os.environ)
+        _keep_freed_memory()
+        with _Interrupts() as interrupts:
+            _run(interrupts)
+    except KeyboardInterrupt:  # in the moments before and after interrupts are looked after
+        _fail("interrupted", INTERRUPTED)
 
-            app()
-        except BaseException as error:
-            if interrupts.seen or isinstance(error, KeyboardInterrupt):
-                _fail("interrupted", INTERRUPTED)
-            _end(error)
+
+def _run(interrupts: "_Interrupts") -> None:
+    try:
+        from myriad.cli.app import app
+
+        app()
+    except BaseException as error:
+        if interrupts.seen or isinstance(error, KeyboardInterrupt):
+            _fail("interrupted", INTERRUPTED)
+        _end(error)
 
 
 def _keep_freed_memory() -> None:
