@@ -9,6 +9,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ def measure(model: Any, tokens: int, device: torch.device, rounds: int, warmup: 
     optimizer = build_optimizer(model, lr=1e-4)
     precision = "bfloat16" if device.type == "cuda" else "float32"
     launched = Launched(Replica(model), partial(autocast, precision, device), device, targets=tokens, passes=1)
-    found: dict[str, Any] = {"tokens_per_step": tokens}
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    found: dict[str, Any] = {"tokens_per_step": tokens, "parameters": parameters}
     for name in ("launched", "captured") if device.type == "cuda" else ("launched",):
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -108,28 +110,33 @@ def measure(model: Any, tokens: int, device: torch.device, rounds: int, warmup: 
     return found
 
 
+def whole_models(device: torch.device) -> Iterator[dict[str, Any]]:
+    """The figures of every size, each as soon as it is measured."""
+    gpu = device.type == "cuda"
+    with device:
+        model = config_of(gpu).build().train()
+    for tokens in SIZES if gpu else (16, 32):
+        rounds = 20 if tokens <= 4096 else 10
+        yield measure(model, tokens, device, rounds if gpu else 2, 4 if gpu else 1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="where the figures go, as JSON")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     options = parser.parse_args()
     device = torch.device(options.device)
-    gpu = device.type == "cuda"
     started = time.perf_counter()
     torch.manual_seed(0)
-    with device:
-        model = config_of(gpu).build().train()
     report: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if gpu else "cpu: a smoke run, no measurement",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu: a smoke run, no measurement",
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "cuda": torch.version.cuda},
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "sizes": [],
     }
     try:
-        for tokens in SIZES if gpu else (16, 32):
-            rounds = 20 if tokens <= 4096 else 10
-            report["sizes"].append(measure(model, tokens, device, rounds if gpu else 2, 4 if gpu else 1))
-            print(json.dumps(report["sizes"][-1]), flush=True)
+        for found in whole_models(device):
+            report["sizes"].append(found)
+            print(json.dumps(found), flush=True)
     finally:  # what was measured before a failure is kept
         report["seconds"] = round(time.perf_counter() - started, 1)
         if options.out is not None:

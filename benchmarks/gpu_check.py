@@ -20,7 +20,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +27,6 @@ from typing import Any, NamedTuple
 STARTED = time.monotonic()
 ROOT = Path(__file__).parents[1]
 TESTS = ("tests/kernels/test_triton_gpu.py", "tests/train/test_captured.py")
-GPT2_VOCABULARY = 50257
 FLUSH_BYTES = 2**29
 """Ten times the largest GPU's cache."""
 
@@ -311,42 +309,10 @@ class Bench:
         return found
 
     def whole_model(self) -> dict[str, Any]:
-        """Training of the preset peer-256x256 in bfloat16 on random tokens: tokens a second, clipping and all."""
-        import torch
+        """Training of the preset peer-256x256 on random tokens, launched and replayed: `cuda_graph.py`'s figures."""
+        from cuda_graph import whole_models
 
-        from myriad import presets
-        from myriad.ffn import PEERConfig
-        from myriad.models import TransformerConfig
-
-        if self.on_gpu:
-            config, batch, rounds = presets.get("peer-256x256").model, 64, 5 if self.quick else 10
-            config = config.model_copy(update={"vocab_size": GPT2_VOCABULARY})
-        else:
-            peer = PEERConfig(experts=16, heads=2, experts_per_head=2, d_key=4)
-            config = TransformerConfig(
-                vocab_size=32, context=4, layers=1, d_model=16, heads=2, ffns={"peer": peer}, pattern=["peer"]
-            )
-            batch, rounds = 1, 1
-        with self.device:
-            model = config.build()
-            ids = torch.randint(config.vocab_size, (batch, config.context + 1))
-        tokens = batch * config.context
-        found: dict[str, Any] = {
-            "preset": "peer-256x256" if self.on_gpu else "a tiny stand-in",
-            "tokens_per_step": tokens,
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        }
-        for windows in sorted({min(32, batch), batch}):  # the preset's, and the whole step at once
-            step = model_step(model, ids, windows, self.device)
-            for _ in range(3 if self.on_gpu else 0):
-                step()
-            ms = [self.once(step) for _ in range(rounds)]
-            found[f"micro-batches of {windows * config.context} tokens"] = {
-                "tokens_per_second": round(1e3 * tokens / statistics.median(ms), 1),
-                "slowest_and_fastest": [round(1e3 * tokens / extreme, 1) for extreme in (max(ms), min(ms))],
-                "peak_bytes": torch.cuda.max_memory_allocated() if self.on_gpu else None,
-            }
-        return found
+        return {"sizes": list(whole_models(self.device))}
 
 
 def new_layer(shape: Shape, device: Any) -> Any:
@@ -512,30 +478,6 @@ def replayed(training: Training) -> Step:
         replay()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
-def model_step(model: Any, ids: Any, windows: int, device: Any) -> Step:
-    """A training step of a language model on the same random tokens, in micro-batches of so many windows."""
-    from myriad.train.optim import build_optimizer, clip_gradients
-    from myriad.train.precision import autocast
-
-    optimizer = build_optimizer(model, lr=1e-4)
-    micro_batches = ids.split(windows)
-
-    def step() -> None:
-        loads = []
-        for part in micro_batches:
-            with autocast("bfloat16", device) if device.type == "cuda" else nullcontext():
-                output = model(part[:, :-1], targets=part[:, 1:])
-            (output.loss / ids[:, 1:].numel() + output.aux_loss / len(micro_batches)).backward()
-            loads.append(output.loads)
-        clip_gradients(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        summed = [{name: sum(load[name] for load in layer) for name in layer[0]} for layer in zip(*loads, strict=True)]
-        model.after_step(summed)
 
     return step
 

@@ -227,15 +227,8 @@ def interrupt_while_loading(config: Path, run: Path, delay: float) -> Result:
     return Result(130 if process.returncode == -signal.SIGINT else process.returncode, out, err)
 
 
-@pytest.mark.parametrize("swallowed", [True, False])
-def test_ctrl_c_that_a_library_made_an_error_of_its_own_of_ends_the_command_in_a_line(monkeypatch, capsys, swallowed):
-    def call_back() -> None:
-        try:
-            signal.raise_signal(signal.SIGINT)
-        except KeyboardInterrupt as interrupt:
-            raise ValueError("a number of an odd shape") from (None if swallowed else interrupt)
-
-    monkeypatch.setattr("myriad.cli.app.app", call_back)
+def assert_ends_interrupted(capsys: pytest.CaptureFixture[str]) -> None:
+    """The command line, in this process, ends in the line of an interrupt."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     try:
         with pytest.raises(SystemExit) as ended:
@@ -246,6 +239,18 @@ def test_ctrl_c_that_a_library_made_an_error_of_its_own_of_ends_the_command_in_a
     assert capsys.readouterr().err == "myriad: interrupted\n"
 
 
+@pytest.mark.parametrize("swallowed", [True, False])
+def test_ctrl_c_that_a_library_made_an_error_of_its_own_of_ends_the_command_in_a_line(monkeypatch, capsys, swallowed):
+    def call_back() -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as interrupt:
+            raise ValueError("a number of an odd shape") from (None if swallowed else interrupt)
+
+    monkeypatch.setattr("myriad.cli.app.app", call_back)
+    assert_ends_interrupted(capsys)
+
+
 @pytest.mark.parametrize("moment", ["__enter__", "__exit__"])
 def test_ctrl_c_a_moment_before_or_after_it_is_looked_after_ends_the_command_in_a_line(monkeypatch, capsys, moment):
     def interrupted(*_: object) -> None:
@@ -253,14 +258,7 @@ def test_ctrl_c_a_moment_before_or_after_it_is_looked_after_ends_the_command_in_
 
     monkeypatch.setattr("myriad.cli.app.app", lambda: None)
     monkeypatch.setattr(cli._Interrupts, moment, interrupted)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert ended.value.code == 130
-    assert capsys.readouterr().err == "myriad: interrupted\n"
+    assert_ends_interrupted(capsys)
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc here to see what is loaded")
