@@ -16,6 +16,7 @@ from myriad.kernels import expert_lookup, lazy_adam, new_moments, product_key, u
 
 pytest.importorskip("numba", reason="the Numba forms need numba")
 from myriad.kernels.cpu import memory, simd, table_gradient, threads
+from myriad.kernels.cpu.byte_scores import multiplies_bytes
 from myriad.kernels.cpu.table_gradient import bounds_of_pieces, segments
 
 numba_product_key = importlib.import_module("myriad.kernels.cpu.product_key")
@@ -162,10 +163,12 @@ class TestLookups:
 
 
 class TestProductKey:
-    @pytest.fixture(autouse=True, params=["screened", "exact", "few"])
+    @pytest.fixture(autouse=True, params=["bytes", "products", "few"])
     def way(self, request, monkeypatch):
-        """bfloat16 products to choose candidates, float32 ones, or no products, whatever the hardware and the size."""
-        monkeypatch.setattr(numba_product_key, "multiplies_bfloat16_fast", lambda device: request.param == "screened")
+        """Coarse scores from products of bytes, from a float32 product, or from the caller, whatever the size."""
+        if request.param == "bytes" and not multiplies_bytes():
+            pytest.skip("this processor does not add up products of bytes")
+        monkeypatch.setattr(numba_product_key, "multiplies_bytes", lambda: request.param == "bytes")
         monkeypatch.setattr(numba_product_key, "FEW", 1000 if request.param == "few" else -1)
 
     def check(self, queries: Tensor, keys: Tensor, k: int) -> None:
@@ -200,7 +203,7 @@ class TestProductKey:
         self.check(normal(tokens, heads, 2, width, seed=seed), normal(*shape, seed=seed + 1), k)
 
     @pytest.mark.parametrize("spread", [0.0, 1e-6, 1e-4, 1e-2])
-    def test_is_exact_where_bfloat16_cannot_tell_the_keys_apart(self, spread):
+    def test_is_exact_where_coarse_scores_cannot_tell_the_keys_apart(self, spread):
         keys = normal(2, 1, 32, seed=0).expand(2, 200, 32) + spread * normal(2, 200, 32, seed=1)
         queries = normal(100, 2, 2, 32, seed=2)
         with use("numba"):
@@ -223,6 +226,60 @@ class TestProductKey:
         )
         assert clear.float().mean() > 0.99
         assert torch.equal(ids.sort(-1).values[clear], expected[..., :16].sort(-1).values[clear])
+
+    @pytest.mark.parametrize(
+        ("tokens", "heads", "side", "width", "k"),
+        [(300, 1, 65, 128, 16), (37, 2, 300, 33, 70), (66, 1, 1100, 16, 300), (5, 3, 64, 4, 1), (600, 1, 70, 19, 33)],
+    )
+    def test_words_blocks_and_chunks_that_are_not_full(self, tokens, heads, side, width, k):
+        self.check(normal(tokens, heads, 2, width, seed=0), normal(heads, 2, side, width, seed=1), k)
+
+    @pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-18, 1e-3, 1e3, 1e15])
+    def test_sub_keys_and_queries_of_any_size(self, scale):
+        queries, keys = normal(70, 1, 2, 16, seed=0), normal(2, 90, 16, seed=1)
+        for one, other in ((queries * scale, keys), (queries, keys * scale)):
+            with use("numba"):
+                scores, ids = product_key(one, other, 8)
+            halves = torch.einsum("thpq,psq->thps", one.double(), other.double())
+            sums = (halves[:, :, 0, :, None] + halves[:, :, 1, None, :]).flatten(2)
+            tolerance = 1e-6 * float(sums.abs().max())
+            assert_close(scores.double(), sums.topk(8, dim=-1).values, rtol=0, atol=tolerance)
+            assert_close(scores.double(), sums.gather(-1, ids), rtol=0, atol=tolerance)
+
+    def test_one_sub_key_or_number_far_larger_than_the_others(self):
+        keys = normal(2, 200, 32, seed=0)
+        keys[0, 3] *= 1000
+        keys[1, :, 5] *= 1000
+        queries = normal(100, 1, 2, 32, seed=1)
+        queries[:, :, 0, 7] *= 1000
+        self.check(queries, keys, 16)
+
+    def test_infinities_of_both_signs_stay_inside_the_table(self):
+        queries, keys = normal(70, 1, 2, 16, seed=0).abs(), normal(2, 30, 16, seed=1).abs()
+        keys[0, :15], keys[1, 15:] = float("inf"), -float("inf")
+        with use("numba"):
+            _, ids = product_key(queries, keys, 8)
+        assert ids.min() >= 0
+        assert ids.max() < 900
+        assert (ids.sort(dim=-1).values.diff(dim=-1) > 0).all()
+
+    def test_a_token_depends_on_no_other_token_and_on_no_number_of_threads(self):
+        """To the last digit, or a near-tie would fall as others have it."""
+        queries, keys = normal(150, 2, 2, 24, seed=0), normal(2, 2, 130, 24, seed=1)
+        others = queries.clone()
+        others[:50], others[51:] = normal(50, 2, 2, 24, seed=2) * 9, normal(99, 2, 2, 24, seed=3)
+        before = torch.get_num_threads()
+        try:
+            runs = []
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                with use("numba"):
+                    runs += [product_key(some, keys, 16) for some in (queries, others)]
+        finally:
+            torch.set_num_threads(before)
+        for scores, ids in runs:
+            assert torch.equal(scores[50], runs[0][0][50])
+            assert torch.equal(ids[50], runs[0][1][50])
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 0.0, 1e38])
     def test_broken_and_extreme_queries_stay_inside_the_table(self, value):
@@ -324,18 +381,33 @@ class TestNumbers:
         every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
 
         @simd.compiled
-        def widened(numbers, out, places):
+        def widened(numbers, out, places, back):
             for n in range(len(numbers)):
-                out[n], places[n] = simd.wide(numbers[n]), simd.ordered(numbers[n])
+                out[n] = simd.wide(numbers[n])
+                places[n] = simd.ordered(out[n])
+                back[n] = simd.from_ordered(places[n])
 
-        out, places = np.empty(2**16, np.float32), np.empty(2**16, np.int16)
-        widened(simd.array(every), out, places)
+        out, places, back = (np.empty(2**16, dtype) for dtype in (np.float32, np.int32, np.float32))
+        widened(simd.array(every), out, places, back)
         assert_close(torch.from_numpy(out), every.float(), rtol=0, atol=0, equal_nan=True)
+        assert_close(torch.from_numpy(back), every.float(), rtol=0, atol=0, equal_nan=True)
         numbers = torch.from_numpy(places.astype(np.int64))
         real = ~every.isnan()
         by_value = every.float()[real].sort(stable=True)
         assert (numbers[real][by_value.indices].diff() >= -1).all()  # -0 stands below 0
-        assert (numbers[~real] == 2**15 - 1).all()
+        assert (numbers[~real] == 2**31 - 1).all()
+
+    def test_rounding_to_integers(self):
+        x = torch.cat([normal(5_000, seed=0) * 100, torch.arange(-300, 300) / 2]).numpy()
+
+        @simd.compiled
+        def rounded(numbers, out):
+            for n in range(len(numbers)):
+                out[n] = simd.nearest(numbers[n])
+
+        out = np.empty(len(x), np.int32)
+        rounded(x, out)
+        assert (out == np.rint(x)).all()
 
     def test_rounding_to_bfloat16_is_pytorchs(self):
         x = torch.cat(

@@ -104,7 +104,7 @@ def _visit_tokens(
                 _prefetch(ids[token, a + AHEAD], down, up, gate, gated)
             expert = ids[token, a]
             hidden = _hidden(x, token, a, expert, down, gate, gated, code, down_dots, gate_dots)
-            add_row(y[token], weights[token, a] * hidden, up, expert)
+            add_row(y, token, weights[token, a] * hidden, up, expert)
 
 
 @compiled
@@ -146,7 +146,7 @@ def _visit_experts(
                     prefetch_row(x, later)
                     prefetch_row(y, later)
                 hidden = _hidden(x, token, a, expert, down, gate, gated, code, down_dots, gate_dots)
-                add_row(y[token], weights[token, a] * hidden, up, expert)
+                add_row(y, token, weights[token, a] * hidden, up, expert)
 
 
 @inlined
@@ -240,7 +240,8 @@ def _look_back(
     has gradients of the tokens of its own, which are added up in order.
     """
     active, width = len(order) // max(1, len(x)), x.shape[1]
-    for_down, for_up, for_gate = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(width, np.float32)
+    for_down = np.empty((1, width), np.float32)
+    for_up, for_gate = np.empty_like(for_down), np.empty_like(for_down)
     for piece in range(start, stop):
         grad_x = grads_x[piece]
         grad_x[:] = 0
@@ -266,20 +267,20 @@ def _look_back(
                     hidden = share * value
                     to_down = weight * out_dot * share
                     to_gate = weight * out_dot * value * slope(code, gate_dot)
-                    add_row(grad_x[token], to_gate, gate, expert)
-                    add_row(for_gate, to_gate, x, token)
+                    add_row(grad_x, token, to_gate, gate, expert)
+                    add_row(for_gate, 0, to_gate, x, token)
                 else:
                     hidden = activate(code, value)
                     to_down = weight * out_dot * slope(code, value)
                 grad_weights[entry] = hidden * out_dot
-                add_row(grad_x[token], to_down, down, expert)
-                add_row(for_down, to_down, x, token)
-                add_row(for_up, weight * hidden, grad_y, token)
+                add_row(grad_x, token, to_down, down, expert)
+                add_row(for_down, 0, to_down, x, token)
+                add_row(for_up, 0, weight * hidden, grad_y, token)
             row = segment if sparse else expert
-            write_row(grad_down, row, for_down, past_cache)
-            write_row(grad_up, row, for_up, past_cache)
+            write_row(grad_down, row, for_down, 0, past_cache)
+            write_row(grad_up, row, for_up, 0, past_cache)
             if gated:
-                write_row(grad_gate, row, for_gate, past_cache)
+                write_row(grad_gate, row, for_gate, 0, past_cache)
 
 
 FUNCTIONS = ExpertLookupFunctions(_forward, _backward)

@@ -1,106 +1,129 @@
-"""Exact product-key retrieval: cheap scores choose candidates, exact ones choose among them.
+"""Exact product-key retrieval: coarse scores choose candidates, exact ones decide among them.
 
-For a block of tokens the scores of all sub-keys come from one matrix product, in bfloat16 where that is fast. They
-are compared 64 at a time: the k-th largest of the maxima of groups of sub-keys is a threshold that at least k scores
-reach. Every score that could belong to the k best in exact arithmetic, by a bound on the rounding of that token's
-products, becomes a candidate and is scored again in float32; how many others are larger is its rank. Where a bound
-is not a number, all are candidates.
+Coarse scores of four queries at a time come from products of bytes where the processor adds these up
+(`byte_scores.py`), and else from float32 products for a block of tokens. Of a few queries they are made by the thread
+that asks: what a matrix product and its threads need takes longer. `selection.py` has what follows, for each half, and
+the sums of pairs of the two halves' best are ranked the same way.
 
-Legend: `T` tokens, `H` heads, `P` = 2 halves, `Q` width of a half, `S` sub-keys, `K` retrieved, `G` groups of sub-keys,
+Legend: `T` tokens, `H` heads, `P` = 2 halves, `Q` width of a half, `S` sub-keys, `K` retrieved, `B` rows of a block,
 `M` pairs.
 """
 
+import math
 from collections.abc import Iterator
-from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from llvmlite import ir
 from numba import types
-from numba.extending import overload
 from torch import Tensor
 
+from myriad.kernels.cpu.byte_scores import coarse_scores, multiplies_bytes, packed
 from myriad.kernels.cpu.memory import new_tensor
-from myriad.kernels.cpu.rows import GRAIN, add_row, dot
-from myriad.kernels.cpu.simd import (
+from myriad.kernels.cpu.rows import add_row, dot
+from myriad.kernels.cpu.selection import (
+    LANES,
+    LOWEST,
+    ROWS,
+    SPARE,
     WORD,
-    above,
+    bounds,
+    first_candidates,
+    groups,
+    more_candidates,
+    rank,
+)
+from myriad.kernels.cpu.simd import (
+    INFINITY,
+    INT32,
+    INT64,
+    LARGEST,
+    TINY,
     array,
-    as_element,
-    as_ordered,
-    bit_count,
     compiled,
     from_ordered,
+    in_order,
     inlined,
-    keep_larger,
-    lowest_bit,
+    intrinsic,
+    magnitude,
+    nearest,
     ordered,
-    reaching,
-    wide,
+    place_in,
+    prefetch_row,
+    splat,
+    vector,
 )
 from myriad.kernels.cpu.threads import in_parallel
-from myriad.kernels.hardware import multiplies_bfloat16_fast
-from myriad.kernels.product_key import ProductKeyFunctions, candidate_pairs
+from myriad.kernels.product_key import ProductKeyFunctions
 
 SCORES_PER_BLOCK = 2**22
-"""Sub-key scores held at once: 8 MB in bfloat16, which a block's selection finds in the cache."""
+"""Sub-key scores held at once where they are float32: 16 MB."""
 FEW = 32
-"""Queries of a head, at most, that one thread scores and chooses for before a matrix product has paid off."""
-GROUPS_PER_WINNER = 4
-"""Groups of sub-keys for each one retrieved: more give a closer threshold, fewer less to compare."""
-HALF_DIGIT = 2.0**-8
-"""The largest relative error of a number rounded to bfloat16."""
-EPSILON = 2.0**-24
-"""The same for float32."""
+"""Queries of a head, at most, that one thread scores and chooses for before more has paid off."""
+CHUNK = 256
+"""Tokens whose queries go over one half's sub-keys before the other's: these stay in the cache."""
+COARSE_STEPS = 32_000
+"""Of the int16 that float32 scores become, either way of zero."""
 
 
 def _forward(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    return (_forward_few if len(queries) <= FEW else _forward_many)(queries, keys, k)
-
-
-def _forward_few(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """All in one call and on one thread: what a matrix product and its threads need takes longer."""
     tokens, heads = queries.shape[:2]
     scores_THK, ids_THK = torch.empty(tokens, heads, k), torch.empty(tokens, heads, k, dtype=torch.int64)
-    pairs_2M = _pairs(k, keys.shape[2])
-    _retrieve_few(array(queries.float()), array(keys.float()), pairs_2M, array(scores_THK), array(ids_THK))
+    retrieve = _retrieve_few if tokens <= FEW else _retrieve_by_bytes if multiplies_bytes() else _retrieve_by_products
+    retrieve(queries.detach().float().contiguous(), keys.detach().float(), array(scores_THK), array(ids_THK))
     return scores_THK.to(torch.promote_types(queries.dtype, keys.dtype)), ids_THK
 
 
-def _forward_many(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    tokens, heads = queries.shape[:2]
-    side = keys.shape[2]
-    scores_HTK = torch.empty(heads, tokens, k)
-    ids_HTK = torch.empty(heads, tokens, k, dtype=torch.int64)
-    queries_HTPQ = queries.detach().float().transpose(0, 1).contiguous()
-    keys_HPSQ = keys.detach().float().contiguous()
-    screens = multiplies_bfloat16_fast("cpu")
-    rough_queries = queries_HTPQ.bfloat16() if screens else queries_HTPQ
-    rough_keys = keys_HPSQ.bfloat16() if screens else keys_HPSQ
-    pairs_2M = _pairs(k, side)
-    norms_HP2 = _norms(array(keys_HPSQ), array(rough_keys)) if screens else np.zeros((heads, 2, 2), np.float32)
-    # Custom ops run under the caller's autocast, which would round the float32 products.
+def _retrieve_few(queries_THPQ: Tensor, keys_HPSQ: Tensor, scores_THK: np.ndarray, ids_THK: np.ndarray) -> None:
+    _choose_for_few(_rows(queries_THPQ), array(keys_HPSQ), scores_THK, ids_THK)
+
+
+def _retrieve_by_bytes(queries_THPQ: Tensor, keys_HPSQ: Tensor, scores_THK: np.ndarray, ids_THK: np.ndarray) -> None:
+    words_HPWFL, measures_HP3 = packed(keys_HPSQ)
+    in_parallel(
+        _choose_by_bytes,
+        len(keys_HPSQ) * _chunks(len(queries_THPQ)),
+        _rows(queries_THPQ),
+        array(keys_HPSQ),
+        words_HPWFL,
+        measures_HP3,
+        scores_THK,
+        ids_THK,
+        grain=1,
+    )
+
+
+def _retrieve_by_products(queries_THPQ: Tensor, keys_HPSQ: Tensor, scores_THK: np.ndarray, ids_THK: np.ndarray) -> None:
+    tokens, heads = queries_THPQ.shape[:2]
+    side = keys_HPSQ.shape[2]
+    # Custom ops run under the caller's autocast, which would round the products.
     with torch.autocast("cpu", enabled=False):
         for some, start, stop in _blocks(heads, tokens, side):
-            block = rough_queries[some, start:stop].transpose(1, 2)
-            rough_HPTS = new_tensor((len(block), 2, stop - start, side), rough_keys.dtype)
-            torch.matmul(block, rough_keys[some].transpose(2, 3), out=rough_HPTS)
+            block_HPTQ = queries_THPQ[start:stop, some].permute(1, 2, 0, 3)
+            scores_HPTS = new_tensor((*block_HPTQ.shape[:3], side))
+            torch.matmul(block_HPTQ, keys_HPSQ[some].transpose(2, 3), out=scores_HPTS)
             in_parallel(
-                _retrieve,
-                len(block) * (stop - start),
-                start,
-                array(rough_HPTS),
-                array(rough_queries[some]),
-                array(queries_HTPQ[some]),
-                array(keys_HPSQ[some]),
-                norms_HP2[some],
-                pairs_2M,
-                array(scores_HTK[some]),
-                array(ids_HTK[some]),
-                grain=GRAIN,
+                _choose_by_products,
+                len(scores_HPTS) * _chunks(stop - start),
+                some.start,
+                array(scores_HPTS),
+                _rows(queries_THPQ[start:stop]),
+                array(keys_HPSQ),
+                scores_THK[start:stop],
+                ids_THK[start:stop],
+                grain=1,
             )
-    dtype = torch.promote_types(queries.dtype, keys.dtype)
-    return scores_HTK.transpose(0, 1).to(dtype).contiguous(), ids_HTK.transpose(0, 1).contiguous()
+
+
+def _rows(tensor: Tensor) -> np.ndarray:
+    """Of queries, keys or their gradients, one below the other: a function that need not look for a row in several
+    axes makes no views."""
+    return array(tensor).reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
+def _chunks(tokens: int) -> int:
+    return -(-tokens // CHUNK)
 
 
 def _blocks(heads: int, tokens: int, side: int) -> Iterator[tuple[slice, int, int]]:
@@ -113,110 +136,171 @@ def _blocks(heads: int, tokens: int, side: int) -> Iterator[tuple[slice, int, in
             yield slice(head, head + together), start, min(start + step, tokens)
 
 
-@cache
-def _pairs(k: int, side: int) -> np.ndarray:
-    """Ranks in the two sorted halves that can be among the k best sums, shape (2, M)."""
-    return torch.stack(candidate_pairs(k, side, torch.device("cpu"))).numpy()
+class Buffers(NamedTuple):
+    """What a thread writes to and reads again, on its way from queries to the best of a chunk of tokens."""
+
+    queries_BQ: Any
+    bytes_BQ: Any
+    """Queries rounded to int8, a multiple of four wide."""
+    starts_B: Any
+    coarse_BS: Any
+    """int16, whole words of sub-keys."""
+    steps_B: Any
+    errors_B: Any
+    maxima_BG: Any
+    bounds_B: Any
+    words: Any
+    counts_B: Any
+    places_BS: Any
+    exact_BS: Any
+    ranks: Any
+    order: Any
+    winners_TPK: Any
+    """Each half's best scores, best first."""
+    sub_keys_TPK: Any
 
 
 @compiled
-def _norms(exact_HPSQ: Any, rough_HPSQ: Any) -> Any:
-    """For each head and half the largest norm of a sub-key, and of what its rounding changed; shape (H, 2, 2)."""
-    largest = np.zeros((len(exact_HPSQ), 2, 2), np.float32)
-    for head in range(len(exact_HPSQ)):
-        for half in range(2):
-            for key in range(exact_HPSQ.shape[2]):
-                found = _norm_and_error(exact_HPSQ, rough_HPSQ, (head, half, key))
-                for place in range(2):
-                    if not found[place] <= largest[head, half, place]:  # NaN too
-                        largest[head, half, place] = found[place]
-    return largest
+def _buffers(tokens: int, side: int, width: int, k: int) -> Any:
+    words, kept = -(-side // WORD), min(k, side)
+    places = max(words * WORD, _pairs_within(k, k, kept)) + 2 * SPARE
+    return Buffers(
+        np.zeros((ROWS, width), np.float32),
+        np.zeros((ROWS, -(-width // 4) * 4), np.int8),
+        np.empty(ROWS, np.int32),
+        np.full((ROWS, words * WORD), LOWEST, np.int16),
+        np.empty(ROWS, np.float32),
+        np.zeros(ROWS, np.float32),
+        np.empty((ROWS, groups(side, kept)), np.int16),
+        np.empty(ROWS, np.int64),
+        np.empty(words, np.uint64),
+        np.empty(ROWS, np.int64),
+        np.empty((ROWS, places), np.int32),
+        np.empty((ROWS, places), np.int32),
+        np.empty(places, np.int32),
+        np.empty(places, np.int32),
+        np.empty((tokens, 2, kept + SPARE), np.float32),
+        np.empty((tokens, 2, kept + SPARE), np.int32),
+    )
+
+
+@compiled
+def _choose_by_bytes(
+    start: int,
+    stop: int,
+    queries_MQ: Any,
+    keys_HPSQ: Any,
+    words_HPWFL: Any,
+    measures_HP3: Any,
+    scores_THK: Any,
+    ids_THK: Any,
+) -> None:
+    """Chunks of tokens of one head after the other."""
+    buffers = _buffers(CHUNK, keys_HPSQ.shape[2], queries_MQ.shape[1], scores_THK.shape[2])
+    chunks = -(-len(scores_THK) // CHUNK)
+    for unit in range(start, stop):
+        _choose_chunk(
+            buffers,
+            unit // chunks,
+            unit % chunks * CHUNK,
+            queries_MQ,
+            keys_HPSQ,
+            words_HPWFL,
+            measures_HP3,
+            scores_THK,
+            ids_THK,
+        )
 
 
 @inlined
-def _norm_and_error(exact: Any, rough: Any, row: Any) -> Any:
-    i, j, k = row
-    norm = error = np.float32(0)
-    for d in range(exact.shape[3]):
-        change = exact[i, j, k, d] - wide(rough[i, j, k, d])
-        norm += exact[i, j, k, d] * exact[i, j, k, d]
-        error += change * change
-    return np.sqrt(norm), np.sqrt(error)
+def _choose_chunk(
+    buffers: Any,
+    head: int,
+    first: int,
+    queries_MQ: Any,
+    keys_HPSQ: Any,
+    words_HPWFL: Any,
+    measures_HP3: Any,
+    scores_THK: Any,
+    ids_THK: Any,
+) -> None:
+    tokens, heads, k = scores_THK.shape
+    side = keys_HPSQ.shape[2]
+    last = min(first + CHUNK, tokens)
+    for half in range(2):
+        for token in range(first, last, ROWS):
+            rows = min(ROWS, last - token)
+            for row in range(rows):
+                _copy_row(buffers.queries_BQ, row, queries_MQ, ((token + row) * heads + head) * 2 + half)
+                prefetch_row(queries_MQ, (min(token + ROWS + row, last - 1) * heads + head) * 2 + half)
+            coarse_scores(
+                buffers.queries_BQ,
+                words_HPWFL[head, half],
+                measures_HP3[head, half],
+                side,
+                buffers.bytes_BQ,
+                buffers.starts_B,
+                buffers.coarse_BS,
+                buffers.steps_B,
+                buffers.errors_B,
+            )
+            _choose(buffers, rows, min(k, side), keys_HPSQ[head, half], token - first, half)
+    for token in range(first, last):
+        _pair(buffers, token - first, side, scores_THK[token, head], ids_THK[token, head])
 
 
 @compiled
-def _retrieve(
+def _choose_by_products(
     start: int,
     stop: int,
-    offset: int,
-    rough_HPTS: Any,
-    rough_queries_HTPQ: Any,
-    queries_HTPQ: Any,
+    first_head: int,
+    scores_HPTS: Any,
+    queries_MQ: Any,
     keys_HPSQ: Any,
-    norms_HP2: Any,
-    pairs_2M: Any,
-    scores_HTK: Any,
-    ids_HTK: Any,
+    scores_THK: Any,
+    ids_THK: Any,
 ) -> None:
-    """Tokens of one head after the other, of a block that begins at token `offset`."""
-    tokens, side, k = rough_HPTS.shape[2], rough_HPTS.shape[3], scores_HTK.shape[2]
-    kept, number = min(k, side), pairs_2M.shape[1]
-    words = -(-side // WORD)
-    ordered_S = np.empty(words * WORD, _integers(rough_HPTS))
-    ordered_S[:] = _lowest(ordered_S)
-    maxima_G = np.empty(min(words, -(-GROUPS_PER_WINNER * kept // WORD)) * WORD, ordered_S.dtype)
-    candidates_S = np.empty(words * WORD, np.int32)
-    exact_S = np.empty(words * WORD, np.int32)
-    winners_PK = np.empty((2, kept), np.float32)
-    sub_keys_PK = np.empty((2, kept), np.int32)
-    sums_M = np.empty(-(-number // WORD) * WORD, np.int32)
+    """Chunks of a block's tokens of one head after the other."""
+    buffers = _buffers(CHUNK, keys_HPSQ.shape[2], queries_MQ.shape[1], scores_THK.shape[2])
+    chunks = -(-len(scores_THK) // CHUNK)
     for unit in range(start, stop):
-        head, row = unit // tokens, unit % tokens
-        token = offset + row
-        for half in range(2):
-            _order(rough_HPTS[head], (half, row), ordered_S, maxima_G)
-            slack = _slack(queries_HTPQ, rough_queries_HTPQ, (head, token, half), norms_HP2)
-            least = _least(rough_HPTS, from_ordered(_largest(maxima_G, kept)), slack)
-            count = _choose(ordered_S, side, least, candidates_S)
-            for place in range(count):
-                key = candidates_S[place]
-                score = np.float32(0)
-                for d in range(queries_HTPQ.shape[3]):
-                    score += queries_HTPQ[head, token, half, d] * keys_HPSQ[head, half, key, d]
-                exact_S[place] = ordered(score)
-            _sort(exact_S, candidates_S, count, winners_PK[half], sub_keys_PK[half])
-        _pair(winners_PK, sub_keys_PK, pairs_2M, sums_M, side, scores_HTK[head, token], ids_HTK[head, token])
+        first = unit % chunks * CHUNK
+        span = (first, min(first + CHUNK, len(scores_THK)), first_head + unit // chunks)
+        _choose_scored(buffers, span, scores_HPTS[unit // chunks], queries_MQ, keys_HPSQ, scores_THK, ids_THK)
 
 
 @compiled
-def _retrieve_few(queries_THPQ: Any, keys_HPSQ: Any, pairs_2M: Any, scores_THK: Any, ids_THK: Any) -> None:
-    """The same in float32 alone: scores that are exact are candidates without a bound's slack."""
-    tokens, heads, _, width = queries_THPQ.shape
-    side, k = keys_HPSQ.shape[2], scores_THK.shape[2]
-    kept = min(k, side)
-    words = -(-side // WORD)
+def _choose_for_few(queries_MQ: Any, keys_HPSQ: Any, scores_THK: Any, ids_THK: Any) -> None:
+    """All heads, one after the other."""
+    tokens, heads, k = scores_THK.shape
+    side, width = keys_HPSQ.shape[2:]
+    buffers = _buffers(tokens, side, width, k)
     queries_TQ = np.empty((tokens, width), np.float32)
     scores_PTS = np.empty((2, tokens, side), np.float32)
-    ordered_S = np.empty(words * WORD, np.int32)
-    ordered_S[:] = _lowest(ordered_S)
-    maxima_G = np.empty(min(words, -(-GROUPS_PER_WINNER * kept // WORD)) * WORD, np.int32)
-    candidates_S = np.empty(words * WORD, np.int32)
-    exact_S = np.empty(words * WORD, np.int32)
-    winners_PK = np.empty((2, kept), np.float32)
-    sub_keys_PK = np.empty((2, kept), np.int32)
-    sums_M = np.empty(-(-pairs_2M.shape[1] // WORD) * WORD, np.int32)
     for head in range(heads):
         for half in range(2):
-            queries_TQ[:] = queries_THPQ[:, head, half]
+            for token in range(tokens):
+                _copy_row(queries_TQ, token, queries_MQ, (token * heads + head) * 2 + half)
             _score(queries_TQ, keys_HPSQ[head, half], scores_PTS[half])
-        for token in range(tokens):
-            for half in range(2):
-                _order(scores_PTS, (half, token), ordered_S, maxima_G)
-                count = _choose(ordered_S, side, _largest(maxima_G, kept), candidates_S)
-                for place in range(count):
-                    exact_S[place] = ordered_S[candidates_S[place]]
-                _sort(exact_S, candidates_S, count, winners_PK[half], sub_keys_PK[half])
-            _pair(winners_PK, sub_keys_PK, pairs_2M, sums_M, side, scores_THK[token, head], ids_THK[token, head])
+        _choose_scored(buffers, (0, tokens, head), scores_PTS, queries_MQ, keys_HPSQ, scores_THK, ids_THK)
+
+
+@inlined
+def _choose_scored(
+    buffers: Any, span: Any, scores_PTS: Any, queries_MQ: Any, keys_HPSQ: Any, scores_THK: Any, ids_THK: Any
+) -> None:
+    """For tokens of a head whose float32 scores are known; `span` is the first, the last and the head."""
+    first, last, head = span
+    heads, side, k = len(keys_HPSQ), keys_HPSQ.shape[2], scores_THK.shape[2]
+    for half in range(2):
+        for token in range(first, last, ROWS):
+            rows = min(ROWS, last - token)
+            for row in range(rows):
+                _copy_row(buffers.queries_BQ, row, queries_MQ, ((token + row) * heads + head) * 2 + half)
+                buffers.steps_B[row] = _coarsen(scores_PTS[half, token + row], buffers.coarse_BS[row])
+            _choose(buffers, rows, min(k, side), keys_HPSQ[head, half], token - first, half)
+    for token in range(first, last):
+        _pair(buffers, token - first, side, scores_THK[token, head], ids_THK[token, head])
 
 
 @inlined
@@ -248,136 +332,162 @@ def _score(queries_TQ: Any, keys_SQ: Any, scores_TS: Any) -> None:
 
 
 @inlined
-def _sort(exact_S: Any, candidates_S: Any, count: int, winners_K: Any, sub_keys_K: Any) -> None:
-    """The best of a half's candidates, best first."""
-    _pad(exact_S, count)
-    for place in range(count):
-        rank = _rank(exact_S, count, place)
-        if rank < len(winners_K):
-            winners_K[rank] = from_ordered(exact_S[place])
-            sub_keys_K[rank] = candidates_S[place]
+def _copy_row(target: Any, row: int, source: Any, other: int) -> None:
+    for d in range(target.shape[1]):
+        target[row, d] = source[other, d]
 
 
 @inlined
-def _pair(winners_PK: Any, sub_keys_PK: Any, pairs_2M: Any, sums_M: Any, side: int, scores_K: Any, ids_K: Any) -> None:
-    """The best sums of a score of each half, best first, and their experts."""
-    number = pairs_2M.shape[1]
-    for pair in range(number):
-        sums_M[pair] = ordered(winners_PK[0, pairs_2M[0, pair]] + winners_PK[1, pairs_2M[1, pair]])
-    _pad(sums_M, number)
-    for pair in range(number):
-        rank = _rank(sums_M, number, pair)
-        if rank < len(scores_K):
-            scores_K[rank] = from_ordered(sums_M[pair])
-            sub_key = np.int64(sub_keys_PK[0, pairs_2M[0, pair]])
-            ids_K[rank] = sub_key * side + sub_keys_PK[1, pairs_2M[1, pair]]
+def _coarsen(scores_S: Any, coarse_S: Any) -> Any:
+    """Round a row of scores to int16; how many of their steps go to a unit: NaN if a score is not finite.
 
-
-@inlined
-def _lowest(numbers: Any) -> Any:
-    """The lowest integer that an array can hold: below all scores."""
-    return -(1 << (8 * numbers.itemsize - 1))
-
-
-@inlined
-def _order(scores: Any, row: Any, ordered_S: Any, maxima_G: Any) -> None:
-    """Scores as integers of the same order, and the largest of each group of sub-keys."""
-    half, token = row
-    for key in range(scores.shape[2]):
-        ordered_S[key] = ordered(scores[half, token, key])
-    maxima_G[:] = ordered_S[: len(maxima_G)]
-    for first in range(len(maxima_G), len(ordered_S), WORD):
-        keep_larger(maxima_G, first % len(maxima_G), ordered_S, first)
-
-
-@inlined
-def _largest(numbers_G: Any, k: int) -> Any:
-    """The k-th largest of so many words of integers, bit by bit."""
-    found = np.int64(_lowest(numbers_G))
-    for bit in range(8 * numbers_G.itemsize - 1, -1, -1):
-        higher, count = found + (1 << bit), 0
-        for first in range(0, len(numbers_G), WORD):
-            count += bit_count(reaching(numbers_G, first, higher))
-        found = higher if count >= k else found
-    return as_ordered(numbers_G, found)
-
-
-@inlined
-def _slack(exact: Any, rough: Any, row: Any, norms: Any) -> Any:
-    """How far below the k-th best rough score one can be and still be among the k best of exact ones.
-
-    By Cauchy and Schwarz a product's two roundings change a score by at most |q - q'| |c| + |q'| |c - c'|, and
-    float32 sums of Q products by Q + 2 roundings of |q| |c| at most; of two scores either may have moved.
+    They are off by less than a step, as far as a float32 score can be said to be exact.
     """
-    norm, error = _norm_and_error(exact, rough, row)
-    head, half = row[0], row[2]
-    longest, moved = norms[head, half, 0], norms[head, half, 1]
-    sums = np.float32(2 * (exact.shape[3] + 2) * EPSILON) * norm * longest
-    change = error * longest + (norm + error) * moved + sums
-    return np.float32(2.02) * change  # for the roundings of this sum itself
-
-
-def _integers(scores):
-    """The integers that hold scores in their order."""
-    raise NotImplementedError("for compiled functions")
-
-
-@overload(_integers)
-def _(scores):
-    return (lambda scores: np.int16) if scores.dtype == types.int16 else (lambda scores: np.int32)
-
-
-def _least(scores, kth, slack):
-    """The least rough score of a candidate, as an integer; the least of all where a bound is not a number.
-
-    Rounding does not change the order of numbers, so that a rounded bound holds for rounded scores.
-    """
-    raise NotImplementedError("for compiled functions")
-
-
-@overload(_least)
-def _(scores, kth, slack):
-    lowest, unit = (-(2**15), HALF_DIGIT) if scores.dtype == types.int16 else (-(2**31), 0.0)
-    lowest = np.int16(lowest) if scores.dtype == types.int16 else np.int32(lowest)
-
-    def least(scores, kth, slack):
-        bound = kth - np.float32(unit) * abs(kth) - slack
-        return ordered(as_element(scores, bound)) if abs(bound) < np.inf else lowest
-
-    return least
+    largest = np.int32(0)
+    for key in range(len(scores_S)):
+        largest = max(largest, magnitude(scores_S[key]))
+    if largest >= INFINITY:
+        return np.float32(np.nan)
+    bound = from_ordered(largest)
+    steps = np.float32(COARSE_STEPS) / bound if bound > TINY else np.float32(0)
+    for key in range(len(scores_S)):
+        coarse_S[key] = nearest(scores_S[key] * steps)
+    return steps
 
 
 @inlined
-def _choose(ordered_S: Any, side: int, least: int, candidates_S: Any) -> Any:
-    """The sub-keys that reach the bound, and how many they are."""
+def _choose(buffers: Any, rows: int, kept: int, keys_SQ: Any, place: int, half: int) -> None:
+    """From rows of coarse scores to the best of the half."""
+    bounds(buffers.coarse_BS, rows, kept, buffers.maxima_BG, buffers.bounds_B)
+    for row in range(rows):
+        is_bounded = abs(buffers.errors_B[row] * buffers.steps_B[row]) < np.inf
+        buffers.counts_B[row] = first_candidates(
+            buffers.coarse_BS[row],
+            buffers.bounds_B[row],
+            is_bounded,
+            buffers.queries_BQ[row],
+            keys_SQ,
+            buffers.words,
+            (buffers.places_BS[row], buffers.exact_BS[row]),
+        )
+    for row in range(rows):
+        buffers.counts_B[row] = more_candidates(
+            buffers.coarse_BS[row],
+            buffers.bounds_B[row],
+            buffers.steps_B[row],
+            buffers.errors_B[row],
+            buffers.queries_BQ[row],
+            keys_SQ,
+            buffers.words,
+            (buffers.places_BS[row], buffers.exact_BS[row]),
+            buffers.counts_B[row],
+        )
+    for row in range(rows):
+        rank(buffers.exact_BS[row], buffers.counts_B[row], buffers.ranks, buffers.order)
+        for best in range(kept):
+            chosen = buffers.order[best]
+            buffers.winners_TPK[place + row, half, best] = from_ordered(buffers.exact_BS[row, chosen])
+            buffers.sub_keys_TPK[place + row, half, best] = buffers.places_BS[row, chosen]
+
+
+@inlined
+def _pair(buffers: Any, place: int, side: int, scores_K: Any, ids_K: Any) -> None:
+    """The best sums of a score of each half, best first, and their experts.
+
+    The pair of the a-th and b-th best, counted from one, has a b - 1 others that are as good at least: only pairs with
+    a b <= k can be among the k best, and of the first so many with a b <= n, at least k, none is worse than the least.
+    """
+    winners_PK, sub_keys_PK = buffers.winners_TPK[place], buffers.sub_keys_TPK[place]
+    k, kept = len(scores_K), min(len(scores_K), side)
+    sums, codes = buffers.exact_BS[0], buffers.places_BS[0]
+    product = 1
+    while _pairs_within(product, k, kept) < k:
+        product += 1
+    least = np.int32(LARGEST)
+    for first in range(min(product, kept)):
+        second = min(product // (first + 1), kept) - 1
+        least = min(least, ordered(winners_PK[0, first] + winners_PK[1, second]))
+    count = _add_up(winners_PK, k, kept, least, sums, codes)
+    if count < k:  # infinities of both signs have sums in no order
+        count = _add_up(winners_PK, k, kept, np.int32(-LARGEST - 1), sums, codes)
+    rank(sums, count, buffers.ranks, buffers.order)
+    for best in range(k):
+        chosen = buffers.order[best]
+        scores_K[best] = from_ordered(sums[chosen])
+        sub_key = np.int64(sub_keys_PK[0, codes[chosen] // kept])
+        ids_K[best] = sub_key * side + sub_keys_PK[1, codes[chosen] % kept]
+
+
+@inlined
+def _pairs_within(product: int, k: int, kept: int) -> Any:
+    """How many pairs of the `kept` best of each half have a product of ranks of at most this, and of k."""
     count = 0
-    for first in range(0, len(ordered_S), WORD):
-        bits = reaching(ordered_S, first, least)
-        while bits != np.uint64(0):
-            candidates_S[count] = first + lowest_bit(bits)
-            count += candidates_S[count] < side  # the last word may reach beyond
-            bits &= bits - np.uint64(1)
+    for first in range(min(product, kept)):
+        count += min(min(product, k) // (first + 1), kept)
     return count
 
 
 @inlined
-def _pad(numbers: Any, count: int) -> None:
-    """Fill the last word with what ranks last."""
-    for place in range(count, -(-count // WORD) * WORD):
-        numbers[place] = _lowest(numbers)
+def _add_up(winners_PK: Any, k: int, kept: int, least: int, sums: Any, codes: Any) -> Any:
+    """Collect the sums that reach the least, and `first * kept + second` of each; how many there are."""
+    count = 0
+    for first in range(kept):
+        before, seconds = count, min(k // (first + 1), kept)
+        for second in range(0, seconds, LANES):
+            count += _add_to_lanes(
+                winners_PK[0, first],
+                winners_PK[1],
+                second,
+                min(seconds - second, LANES),
+                least,
+                first * kept + second,
+                sums,
+                codes,
+                count,
+            )
+        if count == before:
+            break
+    return count
 
 
-@inlined
-def _rank(numbers: Any, count: int, place: int) -> Any:
-    """How many of so many integers are larger than the one at a place, or as large and before it."""
-    rank = 0
-    for first in range(0, count, WORD):
-        larger = above(numbers, first, numbers[place])
-        as_large = reaching(numbers, first, numbers[place]) & ~larger
-        if first <= place < first + WORD:
-            as_large &= (np.uint64(1) << np.uint64(place - first)) - np.uint64(1)
-        rank += bit_count(larger) + (bit_count(as_large) if first <= place else 0)
-    return rank
+@intrinsic
+def _add_to_lanes(
+    typing: Any,
+    number: Any,
+    others: Any,
+    first: Any,
+    lanes: Any,
+    least: Any,
+    code: Any,
+    sums: Any,
+    codes: Any,
+    place: Any,
+) -> Any:
+    """Sums of a float32 and others[first :] as integers of the same order, and codes that count up, from a place on.
+
+    So many lanes are wanted. Returns how many there are up to the last that reaches the least; the next call overwrites
+    the others.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kinds = signature.args
+        others = builder.load(place_in(context, builder, kinds[1], *arguments[1:3], count=LANES), align=4)
+        added = builder.fadd(splat(builder, arguments[0], LANES), others)
+        numbers = in_order(builder, builder.bitcast(added, ir.VectorType(INT32, LANES)))
+        counting = vector(INT32, range(LANES))
+        codes = builder.add(splat(builder, builder.trunc(arguments[5], INT32), LANES), counting)
+        builder.store(numbers, place_in(context, builder, kinds[6], arguments[6], arguments[8], count=LANES), align=4)
+        builder.store(codes, place_in(context, builder, kinds[7], arguments[7], arguments[8], count=LANES), align=4)
+        wanted = builder.icmp_signed("<", counting, splat(builder, builder.trunc(arguments[3], INT32), LANES))
+        reaching = builder.icmp_signed(">=", numbers, splat(builder, arguments[4], LANES))
+        bits = builder.bitcast(builder.and_(wanted, reaching), ir.IntType(LANES))
+        above = builder.ctlz(bits, ir.IntType(1)(0))
+        return builder.sub(INT64(LANES), builder.zext(above, INT64))
+
+    return (
+        types.intp(types.float32, others, types.intp, types.intp, types.int32, types.intp, sums, codes, types.intp),
+        generate,
+    )
 
 
 def _backward(grad: Tensor, ids: Tensor, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -388,12 +498,13 @@ def _backward(grad: Tensor, ids: Tensor, queries: Tensor, keys: Tensor) -> tuple
     in_parallel(
         _look_back,
         pieces * heads * 2,
+        side,
         array(grad.float()),
         array(ids),
-        array(queries.float()),
-        array(keys.float()),
-        array(grad_queries_THPQ),
-        array(grads_keys_CHPSQ),
+        _rows(queries.float()),
+        _rows(keys.float()),
+        _rows(grad_queries_THPQ),
+        _rows(grads_keys_CHPSQ),
         grain=1,
     )
     grad_keys_HPSQ = grads_keys_CHPSQ[0] if pieces == 1 else grads_keys_CHPSQ.sum(0)
@@ -404,31 +515,33 @@ def _backward(grad: Tensor, ids: Tensor, queries: Tensor, keys: Tensor) -> tuple
 def _look_back(
     start: int,
     stop: int,
+    side: int,
     grad_THK: Any,
     ids_THK: Any,
-    queries_THPQ: Any,
-    keys_HPSQ: Any,
-    grad_queries_THPQ: Any,
-    grads_keys_CHPSQ: Any,
+    queries_MQ: Any,
+    keys_MQ: Any,
+    grad_queries_MQ: Any,
+    grads_keys_MQ: Any,
 ) -> None:
     """One half of one head for a piece of the tokens: its sub-keys and their gradients stay in the cache.
 
     Each piece has gradients of the sub-keys of its own, which are added up in order.
     """
-    pieces, heads, _, side, _ = grads_keys_CHPSQ.shape
-    tokens, k = len(ids_THK), ids_THK.shape[2]
+    tokens, heads, k = ids_THK.shape
+    pieces = len(grads_keys_MQ) // len(keys_MQ)
     for unit in range(start, stop):
         piece, head, half = unit // (2 * heads), unit // 2 % heads, unit % 2
-        keys_SQ, grad_keys_SQ = keys_HPSQ[head, half], grads_keys_CHPSQ[piece, head, half]
-        grad_keys_SQ[:] = 0
+        first = (head * 2 + half) * side
+        mine = piece * len(keys_MQ) + first
+        grads_keys_MQ[mine : mine + side] = 0
         for token in range(tokens * piece // pieces, tokens * (piece + 1) // pieces):
-            queries_PQ, grad_query_Q = queries_THPQ[token, head], grad_queries_THPQ[token, head, half]
-            grad_query_Q[:] = 0
+            query = (token * heads + head) * 2 + half
+            grad_queries_MQ[query : query + 1] = 0
             for place in range(k):
                 expert, grad = ids_THK[token, head, place], grad_THK[token, head, place]
                 sub_key = expert // side if half == 0 else expert % side
-                add_row(grad_query_Q, grad, keys_SQ, sub_key)
-                add_row(grad_keys_SQ[sub_key], grad, queries_PQ, half)
+                add_row(grad_queries_MQ, query, grad, keys_MQ, first + sub_key)
+                add_row(grads_keys_MQ, mine + sub_key, grad, queries_MQ, query)
 
 
 FUNCTIONS = ProductKeyFunctions(_forward, _backward)

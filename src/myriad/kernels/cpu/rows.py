@@ -22,7 +22,7 @@ def dot(x: Any, token: int, table: Any, row: int) -> Any:
 
 
 @inlined
-def add_row(total: Any, coefficient: float, table: Any, row: int) -> None:
-    """total += coefficient * table[row]"""
-    for d in range(len(total)):
-        total[d] += coefficient * wide(table[row, d])
+def add_row(totals: Any, place: int, coefficient: float, table: Any, row: int) -> None:
+    """totals[place] += coefficient * table[row]"""
+    for d in range(totals.shape[1]):
+        totals[place, d] += coefficient * wide(table[row, d])

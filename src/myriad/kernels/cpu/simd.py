@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, types
+from numba import njit as numba_njit
+from numba import types
 from numba.core import cgutils
 from numba.core import config as numba_config
 from numba.extending import intrinsic as numba_intrinsic
@@ -20,9 +21,15 @@ FAST = {"reassoc", "contract", "nsz", "arcp"}
 HERE = Path(__file__).parent
 LINE = 64
 """Bytes of a cache line."""
-WORD = 64
-"""Bits of a word: numbers that are compared at once."""
+INT16, INT32, INT64, FLOAT32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+LARGEST, INFINITY = 2**31 - 1, 0x7F800000
+"""The largest int32, and the bits of a float32 that is infinite."""
+ROUNDING, ROUNDING_BITS = np.float32(1.5 * 2**23), np.uint32(0x4B400000)
+"""A float32 whose last binary digit is worth one, and its bits."""
+TINY = np.float32(1e-30)
+"""A float32 whose reciprocal may soon be no number: shorter steps are rounded to zero."""
 
+njit: Any = numba_njit  # takes options that it does not declare
 intrinsic: Any = numba_intrinsic  # what it makes of a function takes other arguments
 config: Any = numba_config  # a module whose names are made when it is imported
 
@@ -54,8 +61,12 @@ def _sources() -> str:
 
 
 def inlined(function: Any) -> Any:
-    """The same for a function that only compiled ones call."""
-    return njit(function, nogil=True, fastmath=FAST, error_model="numpy", forceinline=True)
+    """The same for a function that only compiled ones call, and that makes no arrays.
+
+    So it counts no references to those it is given: an atomic operation for each row that is looked at takes longer
+    than to look at it.
+    """
+    return njit(function, nogil=True, fastmath=FAST, error_model="numpy", forceinline=True, _nrt=False)
 
 
 def array(tensor: Tensor) -> np.ndarray:
@@ -168,105 +179,68 @@ def store_line_past_cache(typing: Any, rows: Any, place: Any, numbers: Any, firs
     return types.none(rows, types.intp, numbers, types.intp), generate
 
 
-def _ordered(builder: Any, word: Any, width: int, infinity: int) -> Any:
-    """The bits of a floating point number as an integer of the same order; NaN above all."""
-    kind = ir.IntType(width)
-    rest = kind(2 ** (width - 1) - 1)
-    flipped = builder.xor(word, builder.and_(builder.ashr(word, kind(width - 1)), rest))
-    is_nan = builder.icmp_signed(">", builder.and_(word, rest), kind(infinity))
-    return builder.select(is_nan, rest, flipped)
-
-
 @intrinsic
 def ordered(typing: Any, x: Any) -> Any:
-    """An element of a float32 or bfloat16 array as an int32 or int16 of the same order; NaN above all."""
-    result = types.int32 if x == types.float32 else types.int16
+    """A float32 as an int32 of the same order; NaN above all."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if signature.args[0] == types.float32:
-            return _ordered(builder, builder.bitcast(arguments[0], ir.IntType(32)), 32, 0x7F800000)
-        return _ordered(builder, arguments[0], 16, 0x7F80)
+        return in_order(builder, builder.bitcast(arguments[0], INT32))
 
-    return result(x), generate
+    return types.int32(types.float32), generate
+
+
+def in_order(builder: Any, words: Any) -> Any:
+    """The bits of float32 numbers, or of one, as int32 of the same order; NaN above all."""
+    kind = words.type
+    largest = _filled(kind, LARGEST)
+    flipped = builder.xor(words, builder.and_(builder.ashr(words, _filled(kind, 31)), largest))
+    is_nan = builder.icmp_signed(">", builder.and_(words, largest), _filled(kind, INFINITY))
+    return builder.select(is_nan, largest, flipped)
+
+
+def _filled(kind: Any, number: int) -> Any:
+    return ir.Constant(kind, [number] * kind.count if isinstance(kind, ir.VectorType) else number)
 
 
 @intrinsic
 def from_ordered(typing: Any, number: Any) -> Any:
-    """The float32 that `ordered` made an int32 or int16 of."""
+    """The float32 that `ordered` made an int32 of."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        width = signature.args[0].bitwidth
-        kind = ir.IntType(width)
-        flip = builder.and_(builder.ashr(arguments[0], kind(width - 1)), kind(2 ** (width - 1) - 1))
-        word = builder.zext(builder.xor(arguments[0], flip), ir.IntType(32)) if width < 32 else None
-        if word is None:
-            return builder.bitcast(builder.xor(arguments[0], flip), ir.FloatType())
-        return builder.bitcast(builder.shl(word, ir.IntType(32)(16)), ir.FloatType())
+        flip = builder.and_(builder.ashr(arguments[0], INT32(31)), INT32(LARGEST))
+        return builder.bitcast(builder.xor(arguments[0], flip), ir.FloatType())
 
-    return types.float32(number), generate
+    return types.float32(types.int32), generate
 
 
-def _word(builder: Any, context: Any, kind: Any, array: Any, first: Any) -> Any:
-    """A pointer to 64 numbers of an array, from one on."""
+@inlined
+def magnitude(x: float) -> Any:
+    """The absolute value of a float32 as an int32 of the same order; infinity and then NaN above all."""
+    return np.int32(bits_of(x) & np.uint32(LARGEST))
+
+
+@inlined
+def nearest(x: float) -> Any:
+    """The integer nearest to a float32 of less than 2**22, ties to even; any integer of a larger one or NaN."""
+    return np.int32(bits_of(x + ROUNDING) - ROUNDING_BITS)
+
+
+def vector(kind: Any, numbers: Any) -> Any:
+    """A constant vector."""
+    return ir.Constant(ir.VectorType(kind, len(numbers)), list(numbers))
+
+
+def splat(builder: Any, number: Any, count: int) -> Any:
+    """A vector of one number."""
+    nothing = ir.Constant(ir.VectorType(number.type, count), ir.Undefined)
+    one = builder.insert_element(nothing, number, INT32(0))
+    return builder.shuffle_vector(one, nothing, vector(INT32, [0] * count))
+
+
+def place_in(context: Any, builder: Any, kind: Any, array: Any, first: Any, *, count: int) -> Any:
+    """A pointer to so many numbers of a contiguous array, from one on, as a vector."""
     data = builder.gep(context.make_array(kind)(context, builder, array).data, [first])
-    return builder.bitcast(data, ir.VectorType(ir.IntType(kind.dtype.bitwidth), WORD).as_pointer())
-
-
-@intrinsic
-def keep_larger(typing: Any, best: Any, place: Any, numbers: Any, first: Any) -> Any:
-    """The larger of 64 integers each: best[place :] = max(best[place :], numbers[first :])."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        align = signature.args[0].dtype.bitwidth // 8
-        mine = _word(builder, context, signature.args[0], *arguments[:2])
-        theirs = _word(builder, context, signature.args[2], *arguments[2:])
-        old, new = builder.load(mine, align=align), builder.load(theirs, align=align)
-        builder.store(builder.select(builder.icmp_signed(">", new, old), new, old), mine, align=align)
-        return context.get_dummy_value()
-
-    return types.none(best, types.intp, numbers, types.intp), generate
-
-
-def _compared(comparison: str) -> Any:
-    def compare(typing: Any, numbers: Any, first: Any, bound: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            place = _word(builder, context, signature.args[0], *arguments[:2])
-            mine = builder.load(place, align=signature.args[0].dtype.bitwidth // 8)
-            nothing = ir.Constant(mine.type, ir.Undefined)
-            one = builder.insert_element(nothing, arguments[2], ir.IntType(32)(0))
-            zeros = ir.Constant(ir.VectorType(ir.IntType(32), WORD), [0] * WORD)
-            bounds = builder.shuffle_vector(one, nothing, zeros)
-            return builder.bitcast(builder.icmp_signed(comparison, mine, bounds), ir.IntType(WORD))
-
-        return types.uint64(numbers, types.intp, numbers.dtype), generate
-
-    return compare
-
-
-reaching = intrinsic(_compared(">="))
-"""reaching(numbers, first, bound): the bits of those of 64 integers, from `first` on, that are at least the bound."""
-above = intrinsic(_compared(">"))
-"""The same of those above it."""
-
-
-@intrinsic
-def as_ordered(typing: Any, numbers: Any, number: Any) -> Any:
-    """An int64 as an array of smaller integers holds it."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.trunc(arguments[1], ir.IntType(signature.args[0].dtype.bitwidth))
-
-    return numbers.dtype(numbers, types.int64), generate
-
-
-@intrinsic
-def lowest_bit(typing: Any, bits: Any) -> Any:
-    """The number of the lowest set bit of a uint64 other than zero."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.cttz(arguments[0], ir.IntType(1)(1))
-
-    return types.intp(types.uint64), generate
+    return builder.bitcast(data, ir.VectorType(context.get_data_type(kind.dtype), count).as_pointer())
 
 
 @intrinsic

@@ -66,7 +66,7 @@ def grouped(ids: Any, digits: int) -> Any:
     return order, starts[: found + 1], distinct[:found]
 
 
-@inlined
+@compiled
 def _sort_by_digit(ids: Any, shift: int, source: Any, target: Any) -> None:
     counts = np.zeros(2**DIGIT + 1, np.int32)
     for entry in range(len(ids)):
@@ -118,13 +118,13 @@ def ids_tensor(found: Segments, sparse: bool) -> Tensor:
 @compiled
 def _fill_gaps(start: int, stop: int, ids: Any, rows: Any, past_cache: bool) -> None:
     """Zero the rows that no id points at."""
-    nothing = np.zeros(rows.shape[1], np.float32)
+    nothing = np.zeros((1, rows.shape[1]), np.float32)
     place = np.searchsorted(ids, start)
     for row in range(start, stop):
         if place < len(ids) and ids[place] == row:
             place += 1
         else:
-            write_row(rows, row, nothing, past_cache)
+            write_row(rows, row, nothing, 0, past_cache)
 
 
 @compiled
@@ -141,13 +141,13 @@ def _sum_segments(
     past_cache: bool,
 ) -> None:
     active = len(order) // max(1, len(source))
-    total = np.empty(source.shape[1], np.float32)
+    total = np.empty((1, source.shape[1]), np.float32)
     for segment in range(start, stop):
         total[:] = 0
         for place in range(starts[segment], starts[segment + 1]):
             entry = order[place]
-            add_row(total, coefficients[entry], source, entry // active)
-        write_row(rows, segment if sparse else ids[segment], total, past_cache)
+            add_row(total, 0, coefficients[entry], source, entry // active)
+        write_row(rows, segment if sparse else ids[segment], total, 0, past_cache)
 
 
 def past_cache(rows: Tensor) -> bool:
@@ -157,11 +157,12 @@ def past_cache(rows: Tensor) -> bool:
 
 
 @inlined
-def write_row(rows: Any, row: int, total: Any, past_cache: bool) -> None:
-    """rows[row] = total, in the dtype of the rows"""
+def write_row(rows: Any, row: int, totals: Any, place: int, past_cache: bool) -> None:
+    """rows[row] = totals[place], in the dtype of the rows"""
+    width = rows.shape[1]
     if past_cache:
-        for first in range(0, len(total), LINE // rows.itemsize):
-            store_line_past_cache(rows, row * len(total) + first, total, first)
+        for first in range(0, width, LINE // rows.itemsize):
+            store_line_past_cache(rows, row * width + first, totals, place * width + first)
     else:
-        for d in range(len(total)):
-            rows[row, d] = as_element(rows, total[d])
+        for d in range(width):
+            rows[row, d] = as_element(rows, totals[place, d])

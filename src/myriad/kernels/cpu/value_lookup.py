@@ -38,7 +38,7 @@ def _sum(start: int, stop: int, ids: Any, weights: Any, values: Any, y: Any) -> 
         for a in range(active):
             if a + AHEAD < active:
                 prefetch_row(values, ids[token, a + AHEAD])
-            add_row(y[token], weights[token, a], values, ids[token, a])
+            add_row(y, token, weights[token, a], values, ids[token, a])
 
 
 @compiled
