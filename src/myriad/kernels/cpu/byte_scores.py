@@ -23,11 +23,13 @@ from numba.core.registry import cpu_target
 from torch import Tensor
 
 from myriad.kernels.cpu.memory import new_tensor
-from myriad.kernels.cpu.selection import LANES, LOWEST, ROWS, WORD
+from myriad.kernels.cpu.rows import ROWS
+from myriad.kernels.cpu.selection import LOWEST, WORD
 from myriad.kernels.cpu.simd import (
     INT16,
     INT32,
     INT64,
+    LANES,
     TINY,
     array,
     compiled,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from myriad.kernels.cpu.activations import CODES, activate, slope
 from myriad.kernels.cpu.memory import new_tensor
-from myriad.kernels.cpu.rows import AHEAD, GRAIN, add_row, dot
+from myriad.kernels.cpu.rows import AHEAD, GRAIN, ROWS, add_four, add_row, dot, dot_four
 from myriad.kernels.cpu.simd import array, compiled, inlined, prefetch_row
 from myriad.kernels.cpu.table_gradient import (
     bounds_of_pieces,
@@ -38,15 +38,15 @@ def _forward(
     gate_dots_TA = torch.empty(0) if gate is None else new_tensor(ids.shape)
     arguments = (
         array(x.float()),
-        array(ids),
-        array(weights.float()),
+        array(ids).reshape(-1),
+        array(weights.float()).reshape(-1),
         array(down),
         array(up),
         array(down if gate is None else gate),
         gate is not None,
         CODES[activation],
-        array(down_dots_TA),
-        array(down_dots_TA if gate is None else gate_dots_TA),
+        array(down_dots_TA).reshape(-1),
+        array(down_dots_TA if gate is None else gate_dots_TA).reshape(-1),
     )
     y_TD = new_tensor(x.shape)
     if ids.numel() < len(down):
@@ -55,27 +55,6 @@ def _forward(
         pieces, digits = torch.get_num_threads(), digits_below(len(down))
         in_parallel(_visit_experts, pieces, pieces, digits, *arguments, array(y_TD), grain=1)
     return y_TD.to(x.dtype), down_dots_TA, gate_dots_TA
-
-
-@inlined
-def _hidden(
-    x: Any,
-    token: int,
-    a: int,
-    expert: int,
-    down: Any,
-    gate: Any,
-    gated: bool,
-    code: int,
-    down_dots: Any,
-    gate_dots: Any,
-) -> Any:
-    """A neuron's value for a token; its products are kept for the backward pass."""
-    down_dots[token, a] = dot(x, token, down, expert)
-    if not gated:
-        return activate(code, down_dots[token, a])
-    gate_dots[token, a] = dot(x, token, gate, expert)
-    return activate(code, gate_dots[token, a]) * down_dots[token, a]
 
 
 @compiled
@@ -94,17 +73,66 @@ def _visit_tokens(
     gate_dots: Any,
     y: Any,
 ) -> None:
-    active = ids.shape[1]
+    """All products of a token with rows of one table, then the sum of rows of the other; entries lie one after another.
+
+    Rows are asked for in that order, some ahead of those that are computed with: beyond a table's last for a token, and
+    beyond a token's.
+    """
+    active = len(ids) // max(1, len(x))
+    hidden = np.empty(active, np.float32)
+    for entry in range(start * active, min(start * active + AHEAD, len(ids))):
+        _prefetch_inner(ids[entry], down, gate, gated)
     for token in range(start, stop):
-        y[token] = 0
-        for a in range(min(AHEAD, active)):
-            _prefetch(ids[token, a], down, up, gate, gated)
+        base = token * active
+        for a in range(0, active, ROWS):
+            for ahead in range(a + AHEAD, a + AHEAD + ROWS):
+                if ahead < active:
+                    _prefetch_inner(ids[base + ahead], down, gate, gated)
+                elif ahead < 2 * active:
+                    prefetch_row(up, ids[base + ahead - active])
+            _dot_rows(x, token, down, ids, base + a, base + active, down_dots)
+            if gated:
+                _dot_rows(x, token, gate, ids, base + a, base + active, gate_dots)
         for a in range(active):
-            if a + AHEAD < active:
-                _prefetch(ids[token, a + AHEAD], down, up, gate, gated)
-            expert = ids[token, a]
-            hidden = _hidden(x, token, a, expert, down, gate, gated, code, down_dots, gate_dots)
-            add_row(y, token, weights[token, a] * hidden, up, expert)
+            value = _value(code, gated, down_dots, gate_dots, base + a)
+            hidden[a] = weights[base + a] * value
+        y[token] = 0
+        for a in range(0, active, ROWS):
+            for ahead in range(a + AHEAD, a + AHEAD + ROWS):
+                if ahead < active:
+                    prefetch_row(up, ids[base + ahead])
+                elif base + ahead < len(ids):
+                    _prefetch_inner(ids[base + ahead], down, gate, gated)
+            if a + ROWS <= active:
+                add_four(y, token, hidden, a, up, ids, base + a)
+            else:
+                for last in range(a, active):
+                    add_row(y, token, hidden[last], up, ids[base + last])
+
+
+@inlined
+def _dot_rows(x: Any, token: int, table: Any, ids: Any, first: int, end: int, dots: Any) -> None:
+    """A token's products with four rows, or so many as there are to the end."""
+    if first + ROWS <= end:
+        dot_four(x, token, table, ids, first, dots)
+    else:
+        for entry in range(first, end):
+            dots[entry] = dot(x, token, table, ids[entry])
+
+
+@inlined
+def _value(code: int, gated: bool, down_dots: Any, gate_dots: Any, entry: int) -> Any:
+    """Of a neuron, from its products."""
+    if gated:
+        return activate(code, gate_dots[entry]) * down_dots[entry]
+    return activate(code, down_dots[entry])
+
+
+@inlined
+def _prefetch_inner(expert: int, down: Any, gate: Any, gated: bool) -> None:
+    prefetch_row(down, expert)
+    if gated:
+        prefetch_row(gate, expert)
 
 
 @compiled
@@ -130,31 +158,33 @@ def _visit_experts(
     A piece of the work is some of the tokens. So a token's outputs are added up in the order of its experts, whatever
     the other tokens are and however many threads there are: its logits depend on the rest of a batch in no digit.
     """
-    tokens, active = ids.shape
+    tokens, active = len(x), len(ids) // max(1, len(x))
     for piece in range(start, stop):
         first, last = tokens * piece // pieces, tokens * (piece + 1) // pieces
         y[first:last] = 0
-        order, starts, experts = grouped(ids[first:last].reshape(-1), digits)
+        order, starts, experts = grouped(ids[first * active : last * active], digits)
         for segment in range(len(experts)):
             if segment + AHEAD < len(experts):
                 _prefetch(experts[segment + AHEAD], down, up, gate, gated)
             expert = experts[segment]
             for place in range(starts[segment], starts[segment + 1]):
-                token, a = first + order[place] // active, order[place] % active
+                entry = first * active + order[place]
+                token = entry // active
                 if place + AHEAD < len(order):
                     later = first + order[place + AHEAD] // active
                     prefetch_row(x, later)
                     prefetch_row(y, later)
-                hidden = _hidden(x, token, a, expert, down, gate, gated, code, down_dots, gate_dots)
-                add_row(y, token, weights[token, a] * hidden, up, expert)
+                down_dots[entry] = dot(x, token, down, expert)
+                if gated:
+                    gate_dots[entry] = dot(x, token, gate, expert)
+                value = _value(code, gated, down_dots, gate_dots, entry)
+                add_row(y, token, weights[entry] * value, up, expert)
 
 
 @inlined
 def _prefetch(expert: int, down: Any, up: Any, gate: Any, gated: bool) -> None:
-    prefetch_row(down, expert)
+    _prefetch_inner(expert, down, gate, gated)
     prefetch_row(up, expert)
-    if gated:
-        prefetch_row(gate, expert)
 
 
 def _backward(

@@ -15,17 +15,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import types
 from torch import Tensor
 
 from myriad.kernels.cpu.byte_scores import coarse_scores, multiplies_bytes, packed
 from myriad.kernels.cpu.memory import new_tensor
-from myriad.kernels.cpu.rows import add_row, dot
+from myriad.kernels.cpu.pairs import best_pairs, partners
+from myriad.kernels.cpu.rows import ROWS, add_row, dot
 from myriad.kernels.cpu.selection import (
-    LANES,
     LOWEST,
-    ROWS,
     SPARE,
     WORD,
     bounds,
@@ -36,23 +33,14 @@ from myriad.kernels.cpu.selection import (
 )
 from myriad.kernels.cpu.simd import (
     INFINITY,
-    INT32,
-    INT64,
-    LARGEST,
     TINY,
     array,
     compiled,
     from_ordered,
-    in_order,
     inlined,
-    intrinsic,
     magnitude,
     nearest,
-    ordered,
-    place_in,
     prefetch_row,
-    splat,
-    vector,
 )
 from myriad.kernels.cpu.threads import in_parallel
 from myriad.kernels.product_key import ProductKeyFunctions
@@ -158,12 +146,14 @@ class Buffers(NamedTuple):
     winners_TPK: Any
     """Each half's best scores, best first."""
     sub_keys_TPK: Any
+    partners_2K: Any
 
 
 @compiled
 def _buffers(tokens: int, side: int, width: int, k: int) -> Any:
     words, kept = -(-side // WORD), min(k, side)
-    places = max(words * WORD, _pairs_within(k, k, kept)) + 2 * SPARE
+    partners_2K = partners(k, kept)
+    places = max(words * WORD, partners_2K[0].sum()) + 2 * SPARE
     return Buffers(
         np.zeros((ROWS, width), np.float32),
         np.zeros((ROWS, -(-width // 4) * 4), np.int8),
@@ -181,6 +171,7 @@ def _buffers(tokens: int, side: int, width: int, k: int) -> Any:
         np.empty(places, np.int32),
         np.empty((tokens, 2, kept + SPARE), np.float32),
         np.empty((tokens, 2, kept + SPARE), np.int32),
+        partners_2K,
     )
 
 
@@ -392,101 +383,14 @@ def _choose(buffers: Any, rows: int, kept: int, keys_SQ: Any, place: int, half: 
 
 @inlined
 def _pair(buffers: Any, place: int, side: int, scores_K: Any, ids_K: Any) -> None:
-    """The best sums of a score of each half, best first, and their experts.
-
-    The pair of the a-th and b-th best, counted from one, has a b - 1 others that are as good at least: only pairs with
-    a b <= k can be among the k best, and of the first so many with a b <= n, at least k, none is worse than the least.
-    """
-    winners_PK, sub_keys_PK = buffers.winners_TPK[place], buffers.sub_keys_TPK[place]
-    k, kept = len(scores_K), min(len(scores_K), side)
-    sums, codes = buffers.exact_BS[0], buffers.places_BS[0]
-    product = 1
-    while _pairs_within(product, k, kept) < k:
-        product += 1
-    least = np.int32(LARGEST)
-    for first in range(min(product, kept)):
-        second = min(product // (first + 1), kept) - 1
-        least = min(least, ordered(winners_PK[0, first] + winners_PK[1, second]))
-    count = _add_up(winners_PK, k, kept, least, sums, codes)
-    if count < k:  # infinities of both signs have sums in no order
-        count = _add_up(winners_PK, k, kept, np.int32(-LARGEST - 1), sums, codes)
-    rank(sums, count, buffers.ranks, buffers.order)
-    for best in range(k):
-        chosen = buffers.order[best]
-        scores_K[best] = from_ordered(sums[chosen])
-        sub_key = np.int64(sub_keys_PK[0, codes[chosen] // kept])
-        ids_K[best] = sub_key * side + sub_keys_PK[1, codes[chosen] % kept]
-
-
-@inlined
-def _pairs_within(product: int, k: int, kept: int) -> Any:
-    """How many pairs of the `kept` best of each half have a product of ranks of at most this, and of k."""
-    count = 0
-    for first in range(min(product, kept)):
-        count += min(min(product, k) // (first + 1), kept)
-    return count
-
-
-@inlined
-def _add_up(winners_PK: Any, k: int, kept: int, least: int, sums: Any, codes: Any) -> Any:
-    """Collect the sums that reach the least, and `first * kept + second` of each; how many there are."""
-    count = 0
-    for first in range(kept):
-        before, seconds = count, min(k // (first + 1), kept)
-        for second in range(0, seconds, LANES):
-            count += _add_to_lanes(
-                winners_PK[0, first],
-                winners_PK[1],
-                second,
-                min(seconds - second, LANES),
-                least,
-                first * kept + second,
-                sums,
-                codes,
-                count,
-            )
-        if count == before:
-            break
-    return count
-
-
-@intrinsic
-def _add_to_lanes(
-    typing: Any,
-    number: Any,
-    others: Any,
-    first: Any,
-    lanes: Any,
-    least: Any,
-    code: Any,
-    sums: Any,
-    codes: Any,
-    place: Any,
-) -> Any:
-    """Sums of a float32 and others[first :] as integers of the same order, and codes that count up, from a place on.
-
-    So many lanes are wanted. Returns how many there are up to the last that reaches the least; the next call overwrites
-    the others.
-    """
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kinds = signature.args
-        others = builder.load(place_in(context, builder, kinds[1], *arguments[1:3], count=LANES), align=4)
-        added = builder.fadd(splat(builder, arguments[0], LANES), others)
-        numbers = in_order(builder, builder.bitcast(added, ir.VectorType(INT32, LANES)))
-        counting = vector(INT32, range(LANES))
-        codes = builder.add(splat(builder, builder.trunc(arguments[5], INT32), LANES), counting)
-        builder.store(numbers, place_in(context, builder, kinds[6], arguments[6], arguments[8], count=LANES), align=4)
-        builder.store(codes, place_in(context, builder, kinds[7], arguments[7], arguments[8], count=LANES), align=4)
-        wanted = builder.icmp_signed("<", counting, splat(builder, builder.trunc(arguments[3], INT32), LANES))
-        reaching = builder.icmp_signed(">=", numbers, splat(builder, arguments[4], LANES))
-        bits = builder.bitcast(builder.and_(wanted, reaching), ir.IntType(LANES))
-        above = builder.ctlz(bits, ir.IntType(1)(0))
-        return builder.sub(INT64(LANES), builder.zext(above, INT64))
-
-    return (
-        types.intp(types.float32, others, types.intp, types.intp, types.int32, types.intp, sums, codes, types.intp),
-        generate,
+    best_pairs(
+        buffers.winners_TPK[place],
+        buffers.sub_keys_TPK[place],
+        buffers.partners_2K,
+        side,
+        (buffers.exact_BS[0], buffers.places_BS[0], buffers.places_BS[1], buffers.ranks, buffers.order),
+        scores_K,
+        ids_K,
     )
 
 

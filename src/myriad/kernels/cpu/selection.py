@@ -7,6 +7,7 @@ be off, every other that may reach it is scored too. An exact score's rank is th
 Legend: `B` rows, `S` scores of a row, `G` groups of them, `Q` width of a sub-key.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,12 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
+from myriad.kernels.cpu.rows import ROWS, Rows, dots_of_four
 from myriad.kernels.cpu.simd import (
-    FLOAT32,
     INT16,
     INT32,
     INT64,
+    LANES,
     bit_count,
     from_ordered,
     in_order,
@@ -29,15 +31,9 @@ from myriad.kernels.cpu.simd import (
     vector,
 )
 
-ROWS = 4
-"""Rows worked on at a time: as many as hide the latency of one's comparisons behind the others'."""
 WORD = 64
 """Coarse scores that are compared at once, and the bits that say how that came out."""
-LANES = 16
-"""Float32 numbers of a vector."""
-BLOCK = 2 * LANES
-"""Exact scores that are ranked at once."""
-SPARE = BLOCK
+SPARE = LANES
 """Places beyond the last number of a buffer that may be written."""
 LOWEST, HIGHEST = -(2**15), 2**15 - 1
 """What no coarse score is: what fills the last word, and a bound that none reaches."""
@@ -117,15 +113,10 @@ def more_candidates(
 @inlined
 def rank(numbers: Any, count: int, ranks: Any, order: Any) -> None:
     """Fill `order` with the places of int32 numbers, the largest first and equal ones as they stand."""
-    end = -(-count // BLOCK) * BLOCK
+    end = -(-count // LANES) * LANES
     numbers[count:end] = -(2**31)
-    ranks[:end] = 0
-    for block in range(0, end, BLOCK):
-        for other in range(0, block, BLOCK):
-            _add_reaching(ranks, numbers, block, other)
-        _add_ranks_within(ranks, numbers, block)
-        for other in range(block + BLOCK, end, BLOCK):
-            _add_larger(ranks, numbers, block, other)
+    for block in range(0, end, LANES):
+        _rank(numbers, count, block, ranks)
     for place in range(count):
         order[ranks[place]] = place
 
@@ -205,35 +196,11 @@ def _score_four(typing: Any, query: Any, keys: Any, places: Any, first: Any, exa
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kinds = signature.args
-        query, keys = (context.make_array(kinds[i])(context, builder, arguments[i]) for i in (0, 1))
-        width = builder.extract_value(query.shape, 0)
+        query = context.make_array(kinds[0])(context, builder, arguments[0]).data
+        keys = Rows(context, builder, kinds[1], arguments[1])
         named = builder.load(place_in(context, builder, kinds[2], *arguments[2:4], count=ROWS), align=4)
-        rows, totals = [], []
-        for lane in range(ROWS):
-            row = builder.sext(builder.extract_element(named, INT32(lane)), INT64)
-            rows.append(builder.gep(keys.data, [builder.mul(row, width)]))
-            totals.append(cgutils.alloca_once_value(builder, vector(FLOAT32, [0.0] * LANES)))
-
-        def add(first: Any, read: Any) -> None:
-            mine = read(query.data, first)
-            for row, total in zip(rows, totals, strict=True):
-                product = builder.fmul(mine, read(row, first), flags=["contract"])  # multiplied and added as one
-                builder.store(builder.fadd(builder.load(total), product, flags=["contract"]), total)
-
-        def whole(data: Any, first: Any) -> Any:
-            place = builder.bitcast(builder.gep(data, [first]), ir.VectorType(FLOAT32, LANES).as_pointer())
-            return builder.load(place, align=4)
-
-        whole_vectors = builder.udiv(width, INT64(LANES))
-        with cgutils.for_range(builder, whole_vectors) as loop:
-            add(builder.mul(loop.index, INT64(LANES)), whole)
-        first = builder.mul(whole_vectors, INT64(LANES))
-        left = builder.sub(width, first)
-        with builder.if_then(builder.icmp_unsigned(">", left, INT64(0)), likely=False):
-            lanes = vector(INT32, range(LANES))
-            there = builder.icmp_unsigned("<", lanes, splat(builder, builder.trunc(left, INT32), LANES))
-            add(first, lambda data, first: _masked_load(builder, data, first, there))
-        sums = _sums_of_four(builder, [builder.load(total) for total in totals])
+        named = [builder.sext(builder.extract_element(named, INT32(lane)), INT64) for lane in range(ROWS)]
+        sums = dots_of_four(builder, query, [keys.at(row) for row in named], keys.width)
         numbers = in_order(builder, builder.bitcast(sums, ir.VectorType(INT32, ROWS)))
         builder.store(numbers, place_in(context, builder, kinds[4], arguments[4], arguments[3], count=ROWS), align=4)
         return context.get_dummy_value()
@@ -241,92 +208,35 @@ def _score_four(typing: Any, query: Any, keys: Any, places: Any, first: Any, exa
     return types.none(query, keys, places, types.intp, exact), generate
 
 
-def _masked_load(builder: Any, data: Any, first: Any, there: Any) -> Any:
-    """A vector's first lanes, and zeros: what lies beyond a row may be no memory of ours."""
-    lanes = ir.VectorType(FLOAT32, LANES)
-    place = builder.bitcast(builder.gep(data, [first]), lanes.as_pointer())
-    kind = ir.FunctionType(lanes, [place.type, INT32, there.type, lanes])
-    load = cgutils.get_or_insert_function(builder.module, kind, f"llvm.masked.load.v{LANES}f32.p0")
-    return builder.call(load, [place, INT32(4), there, vector(FLOAT32, [0.0] * LANES)])
-
-
-def _sums_of_four(builder: Any, vectors: Any) -> Any:
-    """The sum of each of four vectors' lanes."""
-
-    def pick(a: Any, b: Any, lanes: Any) -> Any:
-        return builder.shuffle_vector(a, b, vector(INT32, lanes))
-
-    def halved(numbers: Any, count: int) -> Any:
-        return builder.fadd(pick(numbers, numbers, range(count)), pick(numbers, numbers, range(count, 2 * count)))
-
-    a, b, c, d = (halved(halved(numbers, 8), 4) for numbers in vectors)
-    ab = builder.fadd(pick(a, b, [0, 4, 1, 5]), pick(a, b, [2, 6, 3, 7]))
-    cd = builder.fadd(pick(c, d, [0, 4, 1, 5]), pick(c, d, [2, 6, 3, 7]))
-    return builder.fadd(pick(ab, cd, [0, 1, 4, 5]), pick(ab, cd, [2, 3, 6, 7]))
-
-
-def _add_counts(
-    context: Any, builder: Any, kinds: Any, ranks: Any, numbers: Any, block: Any, other: Any, counts: Any
-) -> None:
-    """Add to the ranks of a block's numbers how many of another block's count: counts(x, mine, of, at, lane) says for
-    its number x, at lane `lane` of vector `of`, for which of the numbers in vector `at` it does."""
-    vectors = range(BLOCK // LANES)
-
-    def vector_at(kind: Any, array: Any, at: int) -> Any:
-        return place_in(context, builder, kind, array, builder.add(block, INT64(at * LANES)), count=LANES)
-
-    mine = [builder.load(vector_at(kinds[1], numbers, at), align=4) for at in vectors]
-    places = [vector_at(kinds[0], ranks, at) for at in vectors]
-    totals = [cgutils.alloca_once_value(builder, builder.load(place, align=4)) for place in places]
-    data = context.make_array(kinds[1])(context, builder, numbers).data
-    for of in vectors:
-        with cgutils.for_range(builder, INT64(LANES)) as loop:
-            place = builder.add(builder.add(other, INT64(of * LANES)), loop.index)
-            x = splat(builder, builder.load(builder.gep(data, [place])), LANES)
-            for at, total in zip(vectors, totals, strict=True):
-                before = builder.load(total)
-                more = builder.add(before, vector(INT32, [1] * LANES))
-                builder.store(builder.select(counts(x, mine[at], of, at, loop.index), more, before), total)
-    for place, total in zip(places, totals, strict=True):
-        builder.store(builder.load(total), place, align=4)
-
-
-def _adding(comparison: str) -> Any:
-    def add(typing: Any, ranks: Any, numbers: Any, block: Any, other: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            def counts(x: Any, mine: Any, of: int, at: int, lane: Any) -> Any:
-                return builder.icmp_signed(comparison, x, mine)
-
-            ranks, numbers, block, other = arguments
-            _add_counts(context, builder, signature.args, ranks, numbers, block, other, counts)
-            return context.get_dummy_value()
-
-        return types.none(ranks, numbers, types.intp, types.intp), generate
-
-    return add
-
-
-_add_larger = intrinsic(_adding(">"))
-"""Add to the ranks of a block's numbers how many of a later block's are larger."""
-_add_reaching = intrinsic(_adding(">="))
-"""The same of an earlier block's that are at least as large."""
-
-
 @intrinsic
-def _add_ranks_within(typing: Any, ranks: Any, numbers: Any, block: Any) -> Any:
-    """Add to the ranks of a block's numbers how many others of the block are larger, or as large and before them."""
+def _rank(typing: Any, numbers: Any, count: Any, block: Any, ranks: Any) -> Any:
+    """For 16 of `count` int32, from `block` on, how many of all are larger, or as large and before them."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        def counts(x: Any, mine: Any, of: int, at: int, lane: Any) -> Any:
-            if of != at:
-                return builder.icmp_signed(">" if at < of else ">=", x, mine)
-            later = builder.shl(ir.IntType(LANES)(2**LANES - 2), builder.trunc(lane, ir.IntType(LANES)))
+        kinds, (numbers, count, block, ranks) = signature.args, arguments
+        mine = builder.load(place_in(context, builder, kinds[0], numbers, block, count=LANES), align=4)
+        data = context.make_array(kinds[0])(context, builder, numbers).data
+        total = cgutils.alloca_once_value(builder, vector(INT32, [0] * LANES))
+        after = builder.add(block, INT64(LANES))
+
+        def add(start: Any, stop: Any, counts: Callable[[Any, Any], Any]) -> None:
+            with cgutils.for_range_slice(builder, start, stop, INT64(1), inc=True) as (place, _):
+                x = splat(builder, builder.load(builder.gep(data, [place])), LANES)
+                before = builder.load(total)
+                more = builder.add(before, vector(INT32, [1] * LANES))
+                builder.store(builder.select(counts(x, place), more, before), total)
+
+        def counts_within(x: Any, place: Any) -> Any:
+            lane = builder.trunc(builder.sub(place, block), ir.IntType(LANES))
+            later = builder.shl(ir.IntType(LANES)(2**LANES - 2), lane)
             as_large = builder.icmp_signed(">=", x, mine)
             and_later = builder.and_(as_large, builder.bitcast(later, as_large.type))
             return builder.or_(builder.icmp_signed(">", x, mine), and_later)
 
-        ranks, numbers, block = arguments
-        _add_counts(context, builder, signature.args, ranks, numbers, block, block, counts)
+        add(INT64(0), block, lambda x, place: builder.icmp_signed(">=", x, mine))
+        add(block, after, counts_within)
+        add(after, count, lambda x, place: builder.icmp_signed(">", x, mine))
+        builder.store(builder.load(total), place_in(context, builder, kinds[3], ranks, block, count=LANES), align=4)
         return context.get_dummy_value()
 
-    return types.none(ranks, numbers, types.intp), generate
+    return types.none(numbers, types.intp, types.intp, ranks), generate

@@ -24,6 +24,8 @@ LINE = 64
 INT16, INT32, INT64, FLOAT32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 LARGEST, INFINITY = 2**31 - 1, 0x7F800000
 """The largest int32, and the bits of a float32 that is infinite."""
+LANES = 16
+"""Float32 numbers of a vector."""
 ROUNDING, ROUNDING_BITS = np.float32(1.5 * 2**23), np.uint32(0x4B400000)
 """A float32 whose last binary digit is worth one, and its bits."""
 TINY = np.float32(1e-30)
