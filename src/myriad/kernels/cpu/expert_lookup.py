@@ -15,7 +15,7 @@ from torch import Tensor
 
 from myriad.kernels.cpu.activations import CODES, activate, slope
 from myriad.kernels.cpu.memory import new_tensor
-from myriad.kernels.cpu.rows import AHEAD, GRAIN, ROWS, add_four, add_row, dot, dot_four
+from myriad.kernels.cpu.rows import AHEAD, GRAIN, ROWS, add_row, add_rows, dot, dot_rows
 from myriad.kernels.cpu.simd import array, compiled, inlined, prefetch_row
 from myriad.kernels.cpu.table_gradient import (
     bounds_of_pieces,
@@ -90,9 +90,10 @@ def _visit_tokens(
                     _prefetch_inner(ids[base + ahead], down, gate, gated)
                 elif ahead < 2 * active:
                     prefetch_row(up, ids[base + ahead - active])
-            _dot_rows(x, token, down, ids, base + a, base + active, down_dots)
+            entry, count = base + a, min(ROWS, active - a)
+            dot_rows(x, token, down, ids, entry, count, down_dots, entry)
             if gated:
-                _dot_rows(x, token, gate, ids, base + a, base + active, gate_dots)
+                dot_rows(x, token, gate, ids, entry, count, gate_dots, entry)
         for a in range(active):
             value = _value(code, gated, down_dots, gate_dots, base + a)
             hidden[a] = weights[base + a] * value
@@ -103,21 +104,7 @@ def _visit_tokens(
                     prefetch_row(up, ids[base + ahead])
                 elif base + ahead < len(ids):
                     _prefetch_inner(ids[base + ahead], down, gate, gated)
-            if a + ROWS <= active:
-                add_four(y, token, hidden, a, up, ids, base + a)
-            else:
-                for last in range(a, active):
-                    add_row(y, token, hidden[last], up, ids[base + last])
-
-
-@inlined
-def _dot_rows(x: Any, token: int, table: Any, ids: Any, first: int, end: int, dots: Any) -> None:
-    """A token's products with four rows, or so many as there are to the end."""
-    if first + ROWS <= end:
-        dot_four(x, token, table, ids, first, dots)
-    else:
-        for entry in range(first, end):
-            dots[entry] = dot(x, token, table, ids[entry])
+            add_rows(y, token, hidden, a, up, ids, base + a, min(ROWS, active - a))
 
 
 @inlined

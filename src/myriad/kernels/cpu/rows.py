@@ -10,7 +10,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from myriad.kernels.cpu.simd import FLOAT32, INT16, INT32, INT64, LANES, intrinsic, splat, vector
+from myriad.kernels.cpu.simd import FLOAT32, INT16, INT32, INT64, LANES, inlined, intrinsic, splat, vector
 
 AHEAD = 4
 """Rows that are on their way while one is computed with."""
@@ -86,8 +86,30 @@ def for_vectors(builder: Any, start: Any, width: Any, body: Callable[[Any, Any],
         body(end, there)
 
 
-def sums_of_four(builder: Any, vectors: Any) -> Any:
-    """A vector of the sums of four vectors' lanes."""
+def dots_of(builder: Any, mine: Any, rows: Any, width: Any) -> Any:
+    """The dot products of a row with one or four others; a vector of as many. Each has the same digits either way."""
+    totals = [[cgutils.alloca_once_value(builder, NO_NUMBERS) for _ in range(TOTALS)] for _ in rows]
+
+    def add(first: Any, there: Any, total: int) -> None:
+        numbers = read(builder, mine, first, there)
+        for row, place in zip(rows, totals, strict=True):
+            theirs = read(builder, row, first, there)
+            builder.store(multiply_add(builder, numbers, theirs, builder.load(place[total])), place[total])
+
+    end = builder.and_(width, INT64(-LANES * TOTALS))
+    with cgutils.for_range_slice(builder, INT64(0), end, INT64(LANES * TOTALS), inc=True) as (first, _):
+        for total in range(TOTALS):
+            add(builder.add(first, INT64(LANES * total)), None, total)
+    for_vectors(builder, end, width, lambda first, there: add(first, there, 0))
+    sums = []
+    for place in totals:
+        a, b, c, d = (builder.load(total) for total in place)
+        sums.append(builder.fadd(builder.fadd(a, b), builder.fadd(c, d)))
+    return _sums_of_lanes(builder, sums)
+
+
+def _sums_of_lanes(builder: Any, vectors: Any) -> Any:
+    """A vector of the sums of the lanes of one or four vectors."""
 
     def pick(a: Any, b: Any, lanes: Any) -> Any:
         return builder.shuffle_vector(a, b, vector(INT32, lanes))
@@ -95,24 +117,13 @@ def sums_of_four(builder: Any, vectors: Any) -> Any:
     def halved(numbers: Any, count: int) -> Any:
         return builder.fadd(pick(numbers, numbers, range(count)), pick(numbers, numbers, range(count, 2 * count)))
 
-    a, b, c, d = (halved(halved(numbers, 8), 4) for numbers in vectors)
+    quarters = [halved(halved(numbers, 8), 4) for numbers in vectors]
+    if len(quarters) == 1:
+        return halved(halved(quarters[0], 2), 1)
+    a, b, c, d = quarters
     ab = builder.fadd(pick(a, b, [0, 4, 1, 5]), pick(a, b, [2, 6, 3, 7]))
     cd = builder.fadd(pick(c, d, [0, 4, 1, 5]), pick(c, d, [2, 6, 3, 7]))
     return builder.fadd(pick(ab, cd, [0, 1, 4, 5]), pick(ab, cd, [2, 3, 6, 7]))
-
-
-def dots_of_four(builder: Any, mine: Any, rows: Any, width: Any) -> Any:
-    """A vector of the dot products of a row with each of four."""
-    totals = [cgutils.alloca_once_value(builder, NO_NUMBERS) for _ in rows]
-
-    def add(first: Any, there: Any) -> None:
-        numbers = read(builder, mine, first, there)
-        for row, total in zip(rows, totals, strict=True):
-            theirs = read(builder, row, first, there)
-            builder.store(multiply_add(builder, numbers, theirs, builder.load(total)), total)
-
-    for_vectors(builder, INT64(0), width, add)
-    return sums_of_four(builder, [builder.load(total) for total in totals])
 
 
 @intrinsic
@@ -121,30 +132,8 @@ def dot(typing: Any, x: Any, token: Any, table: Any, row: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         x, table = (Rows(context, builder, signature.args[i], arguments[i]) for i in (0, 2))
-        mine, theirs = x.at(arguments[1]), table.at(arguments[3])
-        totals = [cgutils.alloca_once_value(builder, NO_NUMBERS) for _ in range(TOTALS)]
-
-        def add(first: Any, there: Any, total: Any) -> None:
-            numbers = multiply_add(
-                builder, read(builder, mine, first, there), read(builder, theirs, first, there), builder.load(total)
-            )
-            builder.store(numbers, total)
-
-        end = builder.and_(x.width, INT64(-LANES * TOTALS))
-        with cgutils.for_range_slice(builder, INT64(0), end, INT64(LANES * TOTALS), inc=True) as (first, _):
-            for place, total in enumerate(totals):
-                add(builder.add(first, INT64(LANES * place)), None, total)
-        for_vectors(builder, end, x.width, lambda first, there: add(first, there, totals[0]))
-        a, b, c, d = (builder.load(total) for total in totals)
-        numbers = builder.fadd(builder.fadd(a, b), builder.fadd(c, d))
-        count = LANES
-        while count > 1:
-            count //= 2
-            low, high = (vector(INT32, range(first, first + count)) for first in (0, count))
-            numbers = builder.fadd(
-                builder.shuffle_vector(numbers, numbers, low), builder.shuffle_vector(numbers, numbers, high)
-            )
-        return builder.extract_element(numbers, INT32(0))
+        sums = dots_of(builder, x.at(arguments[1]), [table.at(arguments[3])], x.width)
+        return builder.extract_element(sums, INT32(0))
 
     return types.float32(x, types.intp, table, types.intp), generate
 
@@ -175,19 +164,18 @@ def _four_rows(builder: Any, table: Rows, ids: Any, first: Any) -> Any:
 
 
 @intrinsic
-def dot_four(typing: Any, x: Any, token: Any, table: Any, ids: Any, first: Any, dots: Any) -> Any:
-    """dots[first + n] = x[token] . table[ids[first + n]] for n below four"""
+def dot_four(typing: Any, x: Any, token: Any, table: Any, ids: Any, first: Any, dots: Any, at: Any) -> Any:
+    """dots[at + n] = x[token] . table[ids[first + n]] for n below four"""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kinds = signature.args
         x, table = (Rows(context, builder, kinds[i], arguments[i]) for i in (0, 2))
         ids, dots = (context.make_array(kinds[i])(context, builder, arguments[i]).data for i in (3, 5))
-        rows = _four_rows(builder, table, ids, arguments[4])
-        sums = dots_of_four(builder, x.at(arguments[1]), rows, x.width)
-        builder.store(sums, builder.bitcast(builder.gep(dots, [arguments[4]]), sums.type.as_pointer()), align=4)
+        sums = dots_of(builder, x.at(arguments[1]), _four_rows(builder, table, ids, arguments[4]), x.width)
+        builder.store(sums, builder.bitcast(builder.gep(dots, [arguments[6]]), sums.type.as_pointer()), align=4)
         return context.get_dummy_value()
 
-    return types.none(x, types.intp, table, ids, types.intp, dots), generate
+    return types.none(x, types.intp, table, ids, types.intp, dots, types.intp), generate
 
 
 @intrinsic
@@ -213,3 +201,23 @@ def add_four(typing: Any, totals: Any, place: Any, coefficients: Any, at: Any, t
         return context.get_dummy_value()
 
     return types.none(totals, types.intp, coefficients, types.intp, table, ids, types.intp), generate
+
+
+@inlined
+def dot_rows(x: Any, token: int, table: Any, ids: Any, first: int, count: int, dots: Any, at: int) -> None:
+    """dots[at + n] = x[token] . table[ids[first + n]] for n below `count`, which is four or less"""
+    if count == ROWS:
+        dot_four(x, token, table, ids, first, dots, at)
+    else:
+        for n in range(count):
+            dots[at + n] = dot(x, token, table, ids[first + n])
+
+
+@inlined
+def add_rows(totals: Any, place: int, coefficients: Any, at: int, table: Any, ids: Any, first: int, count: int) -> None:
+    """totals[place] += coefficients[at + n] * table[ids[first + n]] for n below `count`, which is four or less"""
+    if count == ROWS:
+        add_four(totals, place, coefficients, at, table, ids, first)
+    else:
+        for n in range(count):
+            add_row(totals, place, coefficients[at + n], table, ids[first + n])

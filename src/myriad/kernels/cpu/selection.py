@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from myriad.kernels.cpu.rows import ROWS, Rows, dots_of_four
+from myriad.kernels.cpu.rows import ROWS, Rows, dots_of
 from myriad.kernels.cpu.simd import (
     INT16,
     INT32,
@@ -200,7 +200,7 @@ def _score_four(typing: Any, query: Any, keys: Any, places: Any, first: Any, exa
         keys = Rows(context, builder, kinds[1], arguments[1])
         named = builder.load(place_in(context, builder, kinds[2], *arguments[2:4], count=ROWS), align=4)
         named = [builder.sext(builder.extract_element(named, INT32(lane)), INT64) for lane in range(ROWS)]
-        sums = dots_of_four(builder, query, [keys.at(row) for row in named], keys.width)
+        sums = dots_of(builder, query, [keys.at(row) for row in named], keys.width)
         numbers = in_order(builder, builder.bitcast(sums, ir.VectorType(INT32, ROWS)))
         builder.store(numbers, place_in(context, builder, kinds[4], arguments[4], arguments[3], count=ROWS), align=4)
         return context.get_dummy_value()
