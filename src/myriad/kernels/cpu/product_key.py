@@ -20,7 +20,7 @@ from torch import Tensor
 from myriad.kernels.cpu.byte_scores import coarse_scores, multiplies_bytes, packed
 from myriad.kernels.cpu.memory import new_tensor
 from myriad.kernels.cpu.pairs import best_pairs, partners
-from myriad.kernels.cpu.rows import ROWS, add_row, dot
+from myriad.kernels.cpu.rows import ROWS, add_row, dot_all
 from myriad.kernels.cpu.selection import (
     LOWEST,
     SPARE,
@@ -272,7 +272,7 @@ def _choose_for_few(queries_MQ: Any, keys_HPSQ: Any, scores_THK: Any, ids_THK: A
         for half in range(2):
             for token in range(tokens):
                 _copy_row(queries_TQ, token, queries_MQ, (token * heads + head) * 2 + half)
-            _score(queries_TQ, keys_HPSQ[head, half], scores_PTS[half])
+            dot_all(queries_TQ, keys_HPSQ[head, half], scores_PTS[half])
         _choose_scored(buffers, (0, tokens, head), scores_PTS, queries_MQ, keys_HPSQ, scores_THK, ids_THK)
 
 
@@ -292,34 +292,6 @@ def _choose_scored(
             _choose(buffers, rows, min(k, side), keys_HPSQ[head, half], token - first, half)
     for token in range(first, last):
         _pair(buffers, token - first, side, scores_THK[token, head], ids_THK[token, head])
-
-
-@inlined
-def _score(queries_TQ: Any, keys_SQ: Any, scores_TS: Any) -> None:
-    """Each query's scores with each sub-key, four by two at a time: a number read takes part in several products."""
-    tokens, side = scores_TS.shape
-    for key in range(0, side - 1, 2):
-        for first in range(0, tokens - 3, 4):
-            a = b = c = d = e = f = g = h = np.float32(0)
-            for q in range(queries_TQ.shape[1]):
-                a += queries_TQ[first, q] * keys_SQ[key, q]
-                b += queries_TQ[first + 1, q] * keys_SQ[key, q]
-                c += queries_TQ[first + 2, q] * keys_SQ[key, q]
-                d += queries_TQ[first + 3, q] * keys_SQ[key, q]
-                e += queries_TQ[first, q] * keys_SQ[key + 1, q]
-                f += queries_TQ[first + 1, q] * keys_SQ[key + 1, q]
-                g += queries_TQ[first + 2, q] * keys_SQ[key + 1, q]
-                h += queries_TQ[first + 3, q] * keys_SQ[key + 1, q]
-            scores_TS[first, key], scores_TS[first, key + 1] = a, e
-            scores_TS[first + 1, key], scores_TS[first + 1, key + 1] = b, f
-            scores_TS[first + 2, key], scores_TS[first + 2, key + 1] = c, g
-            scores_TS[first + 3, key], scores_TS[first + 3, key + 1] = d, h
-        for token in range(tokens - tokens % 4, tokens):
-            scores_TS[token, key] = dot(queries_TQ, token, keys_SQ, key)
-            scores_TS[token, key + 1] = dot(queries_TQ, token, keys_SQ, key + 1)
-    if side % 2:
-        for token in range(tokens):
-            scores_TS[token, side - 1] = dot(queries_TQ, token, keys_SQ, side - 1)
 
 
 @inlined

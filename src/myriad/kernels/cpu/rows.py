@@ -221,3 +221,53 @@ def add_rows(totals: Any, place: int, coefficients: Any, at: int, table: Any, id
     else:
         for n in range(count):
             add_row(totals, place, coefficients[at + n], table, ids[first + n])
+
+
+@inlined
+def dot_all(x: Any, table: Any, dots: Any) -> None:
+    """dots[m, n] = x[m] . table[n], four by four at a time: a number read takes part in four products"""
+    tokens, side = dots.shape
+    fours, rows = tokens - tokens % ROWS, side - side % ROWS
+    for row in range(0, rows, ROWS):
+        for token in range(0, fours, ROWS):
+            _dot_four_by_four(x, token, table, row, dots)
+        for token in range(fours, tokens):
+            _dot_one_by_four(x, token, table, row, dots)
+    for row in range(rows, side):
+        for token in range(tokens):
+            dots[token, row] = dot(x, token, table, row)
+
+
+def _dotting(tokens: int) -> Any:
+    def dot_with_four(typing: Any, x: Any, token: Any, table: Any, row: Any, dots: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            kinds = signature.args
+            x, table, dots = (Rows(context, builder, kinds[i], arguments[i]) for i in (0, 2, 4))
+            token, row = arguments[1], arguments[3]
+            mine = [x.at(builder.add(token, INT64(n))) for n in range(tokens)]
+            theirs = [table.at(builder.add(row, INT64(n))) for n in range(ROWS)]
+            totals = [[cgutils.alloca_once_value(builder, NO_NUMBERS) for _ in theirs] for _ in mine]
+
+            def add(first: Any, there: Any) -> None:
+                others = [read(builder, other, first, there) for other in theirs]
+                for one, places in zip(mine, totals, strict=True):
+                    numbers = read(builder, one, first, there)
+                    for other, place in zip(others, places, strict=True):
+                        builder.store(multiply_add(builder, numbers, other, builder.load(place)), place)
+
+            for_vectors(builder, INT64(0), x.width, add)
+            for n, places in enumerate(totals):
+                sums = _sums_of_lanes(builder, [builder.load(place) for place in places])
+                place = builder.gep(dots.at(builder.add(token, INT64(n))), [row])
+                builder.store(sums, builder.bitcast(place, sums.type.as_pointer()), align=4)
+            return context.get_dummy_value()
+
+        return types.none(x, types.intp, table, types.intp, dots), generate
+
+    return dot_with_four
+
+
+_dot_four_by_four = intrinsic(_dotting(ROWS))
+"""dots[token + m, row + n] = x[token + m] . table[row + n] for m and n below four"""
+_dot_one_by_four = intrinsic(_dotting(1))
+"""The same for one token."""
