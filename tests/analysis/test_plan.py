@@ -113,6 +113,17 @@ def run_of(**options) -> RunConfig:
     return RunConfig(**settings | options)
 
 
+def test_a_step_of_one_pass_has_sparse_gradients_further_up_and_no_more_than_all_rows():
+    ffn = PEERConfig(experts=20**2, heads=2, experts_per_head=4, d_key=8)
+    config = tiny_model(vocab_size=50, layers=1, ffns={"f": ffn}, pattern=["f"], context=32)
+    options = {"model": config, "batch": BatchConfig(tokens=64)}
+    assert ffn.experts < 64 * 8 <= 2 * ffn.experts
+    rows = 2 * ffn.experts * (config.d_model * 4 + 8)
+    alone = memory_of(run_of(**options), Layout("float32", False, 1), CPU)
+    split = memory_of(run_of(**options), Layout("float32", False, 2), CPU)
+    assert alone.gradients - split.gradients == pytest.approx(rows - 2 * ffn.experts * config.d_model * 4, abs=64)
+
+
 def test_a_captured_run_has_dense_gradients_and_keeps_what_its_graph_works_with():
     ffn = PEERConfig(experts=64**2, heads=2, experts_per_head=2, d_key=8)
     model = tiny_model(vocab_size=50, layers=1, ffns={"f": ffn}, pattern=["f"])

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from myriad.kernels import expert_lookup
-from myriad.kernels.table_gradient import dense_gradients, sparse_gradient
+from myriad.kernels.table_gradient import dense_gradients, lone_gradients, sparse_gradient
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "none": lambda x: x}
 quick = settings(deadline=None, max_examples=60)
@@ -144,6 +144,24 @@ def test_gradients_are_dense_where_sizes_must_be_known():
     y.sum().backward()  # what the forward pass chose holds
     assert case.down.grad.layout == case.up.grad.layout == torch.strided
     assert sparse_gradient(4, 3, 24)
+
+
+@pytest.mark.parametrize(("experts", "layout"), [(5, torch.strided), (6, torch.sparse_coo)])
+def test_gradients_that_stand_alone_are_sparse_up_to_two_entries_a_row(experts, layout):
+    case = problem(tokens=4, active=3, experts=experts)
+    with lone_gradients(torch.device("cpu")):
+        y = expert_lookup(*case)
+    y.sum().backward()
+    assert case.down.grad.layout == case.up.grad.layout == layout
+    assert not sparse_gradient(4, 3, experts)
+
+
+def test_gradients_that_stand_alone_change_nothing_elsewhere_and_where_sizes_must_be_known():
+    with lone_gradients(torch.device("cuda")):
+        assert not sparse_gradient(4, 3, 23)
+        assert sparse_gradient(4, 3, 24)
+    with dense_gradients(), lone_gradients(torch.device("cpu")):
+        assert not sparse_gradient(4, 3, 24)
 
 
 def test_without_gradients_sparse_changes_nothing():

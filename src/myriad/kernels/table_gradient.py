@@ -4,14 +4,17 @@ Legend: `T` tokens, `A` rows looked up by each, `N` rows of the table, `D` width
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
 from myriad.kernels.bags import distinct_row_sums, row_sums
 
-_dense_alone = False
+NEVER, HALF, TWICE = -1.0, 0.5, 2.0
+"""Up to how many entries for each row of a table its gradient is sparse."""
+
+_most_entries = HALF
 
 
 def sparse_gradient(tokens: int, active: int, experts: int) -> bool:
@@ -19,21 +22,36 @@ def sparse_gradient(tokens: int, active: int, experts: int) -> bool:
 
     Decided from the sizes alone, so that every step and every rank decides alike.
     """
-    return not _dense_alone and 2 * tokens * active <= experts
+    return tokens * active <= _most_entries * experts
 
 
-@contextmanager
-def dense_gradients() -> Iterator[None]:
+def dense_gradients() -> AbstractContextManager[None]:
     """Let the gradients of all lookups inside a `with` block be dense, in every thread of the process.
 
     A sparse one has a size that only the device knows, which CUDA graphs, whose sizes are fixed, cannot wait for.
     """
-    global _dense_alone
-    before, _dense_alone = _dense_alone, True
+    return _sparse_up_to(NEVER)
+
+
+def lone_gradients(device: torch.device) -> AbstractContextManager[None]:
+    """Let the gradients of all lookups inside a `with` block be sparse up to two entries for each row of a table, on a
+    CPU and where they need not be dense.
+
+    For gradients that are neither added to others nor exchanged: unused rows of dense ones would be written, read for
+    the norm and read again for the update. But rows of several sparse ones lie behind each other until they are added
+    up, and are gathered from every process.
+    """
+    return _sparse_up_to(TWICE) if device.type == "cpu" and _most_entries != NEVER else nullcontext()
+
+
+@contextmanager
+def _sparse_up_to(entries: float) -> Iterator[None]:
+    global _most_entries
+    before, _most_entries = _most_entries, entries
     try:
         yield
     finally:
-        _dense_alone = before
+        _most_entries = before
 
 
 def table_gradient(

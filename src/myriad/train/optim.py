@@ -273,12 +273,20 @@ def clip_gradients(parameters: Iterable[Tensor], largest: float | None) -> Tenso
             values.append(parameter.grad)
     if not values:
         return torch.zeros(())
-    norm = torch.nn.utils.get_total_norm(values, error_if_nonfinite=False).float()
+    norm = _total_norm(values)
     if largest is not None and bool(norm.isfinite() & (norm > largest)):
         share = largest / (norm + 1e-6)
         for value in values:
             value.mul_(share)
     return norm
+
+
+def _total_norm(values: list[Tensor]) -> Tensor:
+    """Of all together, in float32. On a CPU by dot products, which read at the memory's rate as its norms do not."""
+    if all(value.device.type == "cpu" and value.dtype == torch.float32 for value in values):
+        flat = (value.reshape(-1) for value in values)
+        return torch.stack([torch.dot(value, value) for value in flat]).sum().sqrt()
+    return torch.nn.utils.get_total_norm(values, error_if_nonfinite=False).float()
 
 
 class NamedState(NamedTuple):

@@ -1,12 +1,13 @@
 """The forward and backward pass of a micro-batch, as the loop asks for it, and the plain way to go through it."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from myriad.kernels.table_gradient import lone_gradients
 from myriad.train.replica import Replica
 
 
@@ -47,9 +48,10 @@ class Launched:
     ) -> None:
         self._replica, self._autocast, self._device = replica, autocast, device
         self._targets, self._passes = targets, passes
+        self._alone = passes == 1
 
     def __call__(self, ids: Tensor, targets: Tensor) -> PassOutput:
-        with self._autocast():
+        with self._autocast(), lone_gradients(self._device) if self._alone else nullcontext():
             output = self._replica(ids.to(self._device), targets.to(self._device))
         assert output.loss is not None
         loss, aux_loss = output.loss / self._targets, output.aux_loss / self._passes

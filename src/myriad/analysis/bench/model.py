@@ -21,6 +21,7 @@ from myriad.analysis.bench.report import BASE, OURS, THEIRS, Contender, Differen
 from myriad.analysis.bench.settings import BenchConfig, ModelShape
 from myriad.analysis.bench.timing import interleaved
 from myriad.ffn.peer import PEER
+from myriad.kernels.table_gradient import lone_gradients
 from myriad.models import KVCache, LanguageModel
 from myriad.train.optim import build_optimizer, clip_gradients
 from myriad.train.precision import autocast
@@ -100,7 +101,7 @@ class ModelBench:
         self.training |= interleaved(runs, repeats=settings.repeats, warmup=settings.warmup, device=self.device)
 
     def _step(self, model: LanguageModel, optimizer: torch.optim.Optimizer, contender: Contender) -> None:
-        with autocast(contender.precision, self.device):
+        with autocast(contender.precision, self.device), lone_gradients(self.device):
             output = model(self.ids, targets=self.targets)
         (output.loss / self.targets.numel() + output.aux_loss).backward()
         clip_gradients(model.parameters(), CLIP)

@@ -28,7 +28,8 @@ NOT_TOLD = "this system does not tell the peak of a part of a run"
 def peak_memory(settings: BenchConfig, side: int, device: torch.device) -> Iterator[Measurement]:
     """The peak of both, in float32."""
     what, shape = "layer peak memory", shape_of(side)
-    needed = {THEIRS: their_bytes(settings, side), OURS: table_bytes(settings, side) + our_bytes(settings, side)}
+    mine = table_bytes(settings, side) + our_bytes(settings, side, device)
+    needed = {THEIRS: their_bytes(settings, side), OURS: mine}
     taken: dict[Contender, list[float]] = {}
     for contender in (BASE, Contender(OURS, "float32")):
         why = peer_pytorch.missing() if contender == BASE else None

@@ -19,7 +19,7 @@ from myriad.analysis.bench.memory import lack
 from myriad.analysis.bench.report import BASE, OURS, THEIRS, Contender, Difference, Measurement, absent, compared
 from myriad.analysis.bench.settings import BenchConfig
 from myriad.ffn.peer import PEER
-from myriad.kernels.table_gradient import sparse_gradient
+from myriad.kernels.table_gradient import lone_gradients, sparse_gradient
 from myriad.train.optim import build_optimizer
 from myriad.train.precision import autocast
 
@@ -61,7 +61,8 @@ class Step:
         self.x_TD.grad = None
 
     def _backward(self, contender: Contender) -> None:
-        with autocast(contender.precision, self.x_TD.device):
+        device = self.x_TD.device
+        with autocast(contender.precision, device), lone_gradients(device):
             y_TD = self.trained[contender.who].call(self.x_TD)
         y_TD.backward(self.grad_TD)
 
@@ -80,7 +81,7 @@ class Step:
 def training_step(case: Case) -> Iterator[Measurement]:
     """Those that the memory holds together take turns."""
     what, settings = "layer training step", case.settings
-    mine, theirs = our_bytes(settings, case.side), their_bytes(settings, case.side)
+    mine, theirs = our_bytes(settings, case.side, case.device), their_bytes(settings, case.side)
     if why := lack(mine, case.device):
         yield absent(what, case.shape, "ms", OURS, why)
         return
@@ -113,9 +114,10 @@ def _differences(step: Step, contenders: list[Contender], layer: PEER) -> dict[C
     return {contender: difference(gradients(contender), expected) for contender in contenders}
 
 
-def our_bytes(settings: BenchConfig, side: int) -> int:
+def our_bytes(settings: BenchConfig, side: int, device: torch.device) -> int:
     """What our step needs beside the weights: moments, gradients that may be dense, and what a forward pass holds."""
-    sparse = sparse_gradient(settings.tokens, settings.heads * settings.experts_per_head, side**2)
+    with lone_gradients(device):
+        sparse = sparse_gradient(settings.tokens, settings.heads * settings.experts_per_head, side**2)
     return (2 if sparse else 3) * table_bytes(settings, side) + gathered_bytes(settings)
 
 

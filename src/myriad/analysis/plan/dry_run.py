@@ -79,7 +79,7 @@ class LiveBytes(TorchDispatchMode):
             if result.ndim == 2 and len(result) == rows:
                 self.add(result, 0)
                 if sparse_gradient(tokens, active, rows):
-                    size = tokens * active * (result.shape[1] * result.element_size() + 8)
+                    size = min(tokens * active, rows) * (result.shape[1] * result.element_size() + 8)
                     self.largest_rows = max(self.largest_rows, size)
                 else:
                     size = result.nbytes

@@ -9,7 +9,7 @@ from torch import nn
 
 from myriad.analysis.plan.dry_run import dry_step
 from myriad.kernels.rounded_adamw import CHUNK, LARGE_CHUNK
-from myriad.kernels.table_gradient import dense_gradients
+from myriad.kernels.table_gradient import dense_gradients, lone_gradients
 from myriad.models import LanguageModel
 from myriad.train.optim import freeze, hold_weights
 from myriad.train.run import RunConfig
@@ -58,7 +58,8 @@ def memory_of(run: RunConfig, layout: Layout, device: torch.device) -> Memory:
         device: whose operations are counted.
     """
     passes = run.batch.tokens // run.micro_tokens
-    with dense_gradients() if run.train.cuda_graph else nullcontext():
+    alone = passes == layout.devices == 1
+    with dense_gradients() if run.train.cuda_graph else lone_gradients(device) if alone else nullcontext():
         step = dry_step(
             lambda: _build(run, layout),
             run.micro_windows // layout.devices,
