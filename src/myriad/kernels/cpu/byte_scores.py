@@ -48,13 +48,15 @@ STEPS = 127
 """Of a byte, either way of zero."""
 EPSILON = 2.0**-24
 """The largest relative error of a number rounded to float32."""
+WIDEST = 2**16
+"""Numbers of a query whose products with a sub-key's surely add up in 32 bits."""
 FOURS = WORD // LANES
 """Vectors of a word of sub-keys."""
 
 
 @cache
 def multiplies_bytes() -> bool:
-    """Whether the processor that functions are compiled for adds up products of bytes (AVX512-VNNI)."""
+    """Whether the processor that functions are compiled for adds up products of bytes: AVX512-VNNI."""
     context: Any = cpu_target.target_context
     _, _, features = context.codegen().magic_tuple()
     return {"+avx512vnni", "+avx512bw", "+avx512vl"} <= set(features.split(","))

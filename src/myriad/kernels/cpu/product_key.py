@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from myriad.kernels.cpu.byte_scores import coarse_scores, multiplies_bytes, packed
+from myriad.kernels.cpu.byte_scores import WIDEST, coarse_scores, multiplies_bytes, packed
 from myriad.kernels.cpu.memory import new_tensor
 from myriad.kernels.cpu.pairs import best_pairs, partners
 from myriad.kernels.cpu.rows import ROWS, add_row, dot_all
@@ -58,7 +58,8 @@ COARSE_STEPS = 32_000
 def _forward(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     tokens, heads = queries.shape[:2]
     scores_THK, ids_THK = torch.empty(tokens, heads, k), torch.empty(tokens, heads, k, dtype=torch.int64)
-    retrieve = _retrieve_few if tokens <= FEW else _retrieve_by_bytes if multiplies_bytes() else _retrieve_by_products
+    by_bytes = multiplies_bytes() and queries.shape[3] <= WIDEST
+    retrieve = _retrieve_few if tokens <= FEW else _retrieve_by_bytes if by_bytes else _retrieve_by_products
     retrieve(queries.detach().float().contiguous(), keys.detach().float(), array(scores_THK), array(ids_THK))
     return scores_THK.to(torch.promote_types(queries.dtype, keys.dtype)), ids_THK
 
