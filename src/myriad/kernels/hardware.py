@@ -20,10 +20,21 @@ def multiplies_bfloat16_fast(device_type: str) -> bool:
     return False
 
 
+@cache
+def multiplies_few_rows_fast() -> bool:
+    """Whether all threads share the product of one to four rows with a large matrix: MKL's, which PyTorch asks, on
+    Intel's processors alone."""
+    return torch.backends.mkl.is_available() and _told("vendor_id") == "GenuineIntel"
+
+
 def processor() -> str:
     """The processor's name and its number of cores."""
-    name = platform.processor() or platform.machine()
+    return f"{_told('model name') or platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def _told(field: str) -> str | None:
+    """What Linux tells of the first processor."""
     with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return f"{name}, {os.cpu_count()} cores"
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith(field))
+    return None

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from myriad.kernels import cross_entropy, softmax_gradient
 from myriad.kernels.dry import is_dry
+from myriad.kernels.hardware import multiplies_few_rows_fast
 
 LOGITS_PER_CHUNK = 2**22
 """Logits held at once, 16 MB in float32, unless a large vocabulary makes that too few tokens."""
@@ -58,11 +59,12 @@ def predict(hidden_BSD: Tensor, weight_VD: Tensor, targets_BS: Tensor | None) ->
 def vocabulary_logits(hidden: Tensor, weight_VD: Tensor) -> Tensor:
     """The logits of every token of the vocabulary: (..., V) from outputs (..., D).
 
-    A CPU's library takes the product of one to four tokens on a single thread, in an order that reads a large weight
-    at a fraction of the memory's rate; with the sides exchanged, and two tokens at least, it does not.
+    On most CPUs the library takes the product of one to four tokens on a single thread, in an order that reads a large
+    weight at a fraction of the memory's rate; with the sides exchanged, and two tokens at least, it does not.
     """
     tokens = hidden.numel() // hidden.shape[-1]
-    if not 1 <= tokens <= FEW_TOKENS or weight_VD.numel() < LARGE_WEIGHT or hidden.device.type != "cpu":
+    few = 1 <= tokens <= FEW_TOKENS and weight_VD.numel() >= LARGE_WEIGHT and hidden.device.type == "cpu"
+    if not few or multiplies_few_rows_fast():
         return F.linear(hidden, weight_VD)
     hidden_TD = hidden.reshape(tokens, -1)
     logits_VT = weight_VD @ F.pad(hidden_TD, (0, 0, 0, max(0, 2 - tokens))).T
