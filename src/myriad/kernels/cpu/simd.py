@@ -1,4 +1,4 @@
-"""What Numba lacks: prefetching, and bfloat16 numbers, which arrays hold as their 16 bits in int16."""
+"""What Numba lacks: prefetching, whole vectors, and bfloat16 numbers, which arrays hold as their 16 bits in int16."""
 
 import hashlib
 from functools import cache
