@@ -2,7 +2,9 @@
 
 import importlib
 import os
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,6 +50,19 @@ def assert_same(function, inputs: list[Tensor], **options) -> None:
         rtol = 2**-6 if mine.dtype == torch.bfloat16 else 1e-5
         scale = max(1.0, float(theirs.float().abs().max())) if theirs.numel() else 1.0  # sums may cancel
         assert_close(mine.float(), theirs.float(), rtol=rtol, atol=rtol * scale)
+
+
+def on_threads(counts: Iterable[int], call: Callable[[], Any]) -> list[Any]:
+    """What a call of the Numba forms gives on each number of threads."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            with use("numba"):
+                results.append(call())
+    finally:
+        torch.set_num_threads(before)
+    return results
 
 
 class TestLookups:
@@ -112,15 +127,7 @@ class TestLookups:
     def test_is_bit_equal_from_run_to_run_and_near_on_another_number_of_threads(self, experts):
         ids = torch.randint(experts, (200, 32), generator=torch.Generator().manual_seed(0))
         inputs = [normal(200, 40, seed=3), ids, normal(200, 32, seed=4), *(normal(experts, 40, seed=n) for n in (1, 2))]
-        before = torch.get_num_threads()
-        try:
-            runs = []
-            for count in (2, 2, 1, 3):
-                torch.set_num_threads(count)
-                with use("numba"):
-                    runs.append(gradients(expert_lookup, inputs))
-        finally:
-            torch.set_num_threads(before)
+        runs = on_threads((2, 2, 1, 3), lambda: gradients(expert_lookup, inputs))
         assert all(map(torch.equal, runs[0], runs[1]))
         for other in runs[2:]:
             for mine, theirs in zip(other, runs[0], strict=True):
@@ -137,16 +144,8 @@ class TestLookups:
             normal(200, 32, seed=4),
             *(normal(experts, 40, seed=n) for n in (1, 2)),
         )
-        before = torch.get_num_threads()
-        try:
-            runs = []
-            for count in (1, 2, 3):
-                torch.set_num_threads(count)
-                with use("numba"):
-                    runs += [expert_lookup(x, rows, weights, *tables)[:100] for rows in (ids, others)]
-        finally:
-            torch.set_num_threads(before)
-        assert all(torch.equal(run, runs[0]) for run in runs)
+        runs = on_threads((1, 2, 3), lambda: [expert_lookup(x, rows, weights, *tables)[:100] for rows in (ids, others)])
+        assert all(torch.equal(one, runs[0][0]) for run in runs for one in run)
 
     def test_callers_in_several_threads_get_the_values_of_one(self):
         def lookup(seed: int) -> list[Tensor]:
@@ -268,18 +267,11 @@ class TestProductKey:
         queries, keys = normal(150, 2, 2, 24, seed=0), normal(2, 2, 130, 24, seed=1)
         others = queries.clone()
         others[:50], others[51:] = normal(50, 2, 2, 24, seed=2) * 9, normal(99, 2, 2, 24, seed=3)
-        before = torch.get_num_threads()
-        try:
-            runs = []
-            for count in (1, 2, 3):
-                torch.set_num_threads(count)
-                with use("numba"):
-                    runs += [product_key(some, keys, 16) for some in (queries, others)]
-        finally:
-            torch.set_num_threads(before)
-        for scores, ids in runs:
-            assert torch.equal(scores[50], runs[0][0][50])
-            assert torch.equal(ids[50], runs[0][1][50])
+        runs = on_threads((1, 2, 3), lambda: [product_key(some, keys, 16) for some in (queries, others)])
+        expected_scores, expected_ids = runs[0][0]
+        for scores, ids in (one for run in runs for one in run):
+            assert torch.equal(scores[50], expected_scores[50])
+            assert torch.equal(ids[50], expected_ids[50])
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 0.0, 1e38])
     def test_broken_and_extreme_queries_stay_inside_the_table(self, value):

@@ -18,7 +18,8 @@ _most_entries = HALF
 
 
 def sparse_gradient(tokens: int, active: int, experts: int) -> bool:
-    """Whether the tables' gradients are sparse: when a batch can touch at most half of the rows.
+    """Whether the tables' gradients are sparse: when a batch can touch at most half of the rows, or as
+    `dense_gradients` and `lone_gradients` have it.
 
     Decided from the sizes alone, so that every step and every rank decides alike.
     """

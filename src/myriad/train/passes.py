@@ -48,10 +48,9 @@ class Launched:
     ) -> None:
         self._replica, self._autocast, self._device = replica, autocast, device
         self._targets, self._passes = targets, passes
-        self._alone = passes == 1
 
     def __call__(self, ids: Tensor, targets: Tensor) -> PassOutput:
-        with self._autocast(), lone_gradients(self._device) if self._alone else nullcontext():
+        with self._autocast(), lone_gradients(self._device) if self._passes == 1 else nullcontext():
             output = self._replica(ids.to(self._device), targets.to(self._device))
         assert output.loss is not None
         loss, aux_loss = output.loss / self._targets, output.aux_loss / self._passes
