@@ -81,5 +81,4 @@ def _reference_gradient(logits_CP: Tensor, targets_C: Tensor, vocabulary: int) -
     return loss
 
 
-# On a CPU PyTorch's own passes, over rows that stay in the cache, are fast: there is no Numba form.
-register("cross_entropy", "reference", CrossEntropyFunctions(_reference_loss, _reference_gradient), serves=("numba",))
+register("cross_entropy", "reference", CrossEntropyFunctions(_reference_loss, _reference_gradient))

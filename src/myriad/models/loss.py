@@ -29,8 +29,8 @@ BYTES_PER_CUDA_CHUNK = 2**28
 Products of so many fill a large GPU, and a micro-batch takes few launches."""
 ALIGNMENT = {"cuda": 128}
 """Device type -> what the padded vocabulary is a multiple of: a tile of a tensor core's product; elsewhere 1."""
-LOGITS_PER_BLOCK = 2**19
-"""Logits that a CPU goes over several times in a row: 2 MB in float32."""
+NUMBERS_PER_BLOCK = 2**19
+"""Numbers that a CPU goes over several times in a row: 2 MB in float32."""
 FEW_TOKENS = 4
 """Tokens whose product with a large weight is faster with its sides exchanged."""
 LARGE_WEIGHT = 2**22
@@ -134,25 +134,23 @@ def _chunks(tokens_T: Tensor, vocabulary: int, dtype: torch.dtype) -> list[slice
     return [slice(start, start + step) for start in range(0, len(tokens_T), step)]
 
 
-def _blocks(logits_CV: Tensor) -> list[slice]:
-    """Rows that stay in a CPU's cache from one pass over them to the next; elsewhere all at once."""
-    on_cpu = logits_CV.device.type == "cpu"
-    return _slices(logits_CV, max(1, LOGITS_PER_BLOCK // logits_CV.shape[1]) if on_cpu else len(logits_CV))
-
-
-def _slices(rows: Tensor, step: int) -> list[slice]:
-    """Of a number of rows each; in a dry run the first alone, since all of them take the same room in turn."""
-    slices = [slice(start, start + step) for start in range(0, len(rows), step)]
-    return slices[:1] if is_dry(rows) else slices
-
-
-def _add(total_VD: Tensor, product_VD: Tensor) -> None:
-    """A CPU adds numbers of two dtypes one by one: there in blocks that are cast first."""
-    if product_VD.device.type != "cpu":
-        total_VD += product_VD
+def _add_product(total_VD: Tensor, grad_CP: Tensor, hidden_CD: Tensor) -> None:
+    """Add a chunk's gradient of the weight; as it is made, where that has its dtype and its rows."""
+    if grad_CP.dtype == total_VD.dtype and grad_CP.shape[1] == len(total_VD):
+        total_VD.addmm_(grad_CP.T, hidden_CD)
         return
+    product_VD = (grad_CP.T @ hidden_CD)[: len(total_VD)]
     for block in _blocks(product_VD):
         total_VD[block] += product_VD[block].to(total_VD.dtype)
+
+
+def _blocks(product_VD: Tensor) -> list[slice]:
+    """A CPU adds numbers of two dtypes one by one: rows that stay in its cache while they are cast first and added; in
+    a dry run the first alone, since all of them take the same room in turn. Elsewhere all rows."""
+    rows, width = product_VD.shape
+    step = max(1, NUMBERS_PER_BLOCK // width) if product_VD.device.type == "cpu" else rows
+    blocks = [slice(start, start + step) for start in range(0, rows, step)]
+    return blocks[:1] if is_dry(product_VD) else blocks
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -170,11 +168,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for chunk in chunks:
             hidden_CD, targets_C = narrow_TD[chunk], targets_T[chunk]
             logits_CP = torch.mm(hidden_CD, narrow_PD.T, out=room_CP[: len(targets_C)])
-            for block in _blocks(logits_CP):
-                total += softmax_gradient(logits_CP[block], targets_C[block], len(weight_VD))
+            total += softmax_gradient(logits_CP, targets_C, len(weight_VD))
             grad_hidden[chunk] = logits_CP @ narrow_PD
             if grad_weight is not None:
-                _add(grad_weight, (logits_CP.T @ hidden_CD)[: len(weight_VD)])
+                _add_product(grad_weight, logits_CP, hidden_CD)
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight_VD.dtype))
         return total
 
@@ -216,7 +213,7 @@ class _ChunkedLogSumExp(torch.autograd.Function):
             grad_CP = probs_CP.mul_(grad_T[chunk].unsqueeze(1)).to(dtype)
             grad_CP[:, len(weight_VD) :] = 0
             grad_hidden[chunk] = (grad_CP @ narrow_PD).to(grad_hidden.dtype)
-            _add(grad_weight, (grad_CP.T @ hidden_CD)[: len(weight_VD)])
+            _add_product(grad_weight, grad_CP, hidden_CD)
         return grad_hidden, grad_weight.to(weight_VD.dtype)
 
 
