@@ -15,11 +15,11 @@ from torch import Tensor
 
 from myriad.kernels.cpu.activations import CODES, activate, slope
 from myriad.kernels.cpu.memory import new_tensor
-from myriad.kernels.cpu.rows import AHEAD, GRAIN, ROWS, add_row, add_rows, dot, dot_rows
+from myriad.kernels.cpu.rows import AHEAD, GRAIN, ROWS, add_row, add_rows, dot, dot_rows, sum_row
 from myriad.kernels.cpu.simd import array, compiled, inlined, prefetch_row
 from myriad.kernels.cpu.table_gradient import (
+    bits_below,
     bounds_of_pieces,
-    digits_below,
     gradient_rows,
     grouped,
     ids_tensor,
@@ -29,6 +29,9 @@ from myriad.kernels.cpu.table_gradient import (
 )
 from myriad.kernels.cpu.threads import in_parallel
 from myriad.kernels.expert_lookup import ExpertLookupFunctions, Gradients
+
+FAR_AHEAD = 2 * AHEAD
+"""Experts, and tokens, that are on their way where experts are visited in order: each has few rows."""
 
 
 def _forward(
@@ -52,8 +55,8 @@ def _forward(
     if ids.numel() < len(down):
         in_parallel(_visit_tokens, len(x), *arguments, array(y_TD), grain=GRAIN)
     else:
-        pieces, digits = torch.get_num_threads(), digits_below(len(down))
-        in_parallel(_visit_experts, pieces, pieces, digits, *arguments, array(y_TD), grain=1)
+        pieces, bits = torch.get_num_threads(), bits_below(len(down))
+        in_parallel(_visit_experts, pieces, pieces, bits, *arguments, array(y_TD), grain=1)
     return y_TD.to(x.dtype), down_dots_TA, gate_dots_TA
 
 
@@ -127,7 +130,7 @@ def _visit_experts(
     start: int,
     stop: int,
     pieces: int,
-    digits: int,
+    bits: int,
     x: Any,
     ids: Any,
     weights: Any,
@@ -149,16 +152,16 @@ def _visit_experts(
     for piece in range(start, stop):
         first, last = tokens * piece // pieces, tokens * (piece + 1) // pieces
         y[first:last] = 0
-        order, starts, experts = grouped(ids[first * active : last * active], digits)
+        order, starts, experts = grouped(ids[first * active : last * active], bits)
         for segment in range(len(experts)):
-            if segment + AHEAD < len(experts):
-                _prefetch(experts[segment + AHEAD], down, up, gate, gated)
+            if segment + FAR_AHEAD < len(experts):
+                _prefetch(experts[segment + FAR_AHEAD], down, up, gate, gated)
             expert = experts[segment]
             for place in range(starts[segment], starts[segment + 1]):
                 entry = first * active + order[place]
                 token = entry // active
-                if place + AHEAD < len(order):
-                    later = first + order[place + AHEAD] // active
+                if place + FAR_AHEAD < len(order):
+                    later = first + order[place + FAR_AHEAD] // active
                     prefetch_row(x, later)
                     prefetch_row(y, later)
                 down_dots[entry] = dot(x, token, down, expert)
@@ -263,17 +266,15 @@ def _look_back(
         grad_x = grads_x[piece]
         grad_x[:] = 0
         for segment in range(bounds[piece], bounds[piece + 1]):
-            if segment + AHEAD < bounds[piece + 1]:
-                _prefetch(ids[segment + AHEAD], down, up, gate, gated)
+            if segment + FAR_AHEAD < bounds[piece + 1]:
+                _prefetch(ids[segment + FAR_AHEAD], down, up, gate, gated)
             expert = ids[segment]
-            for_down[:] = 0
-            for_up[:] = 0
-            for_gate[:] = 0
             for place in range(starts[segment], starts[segment + 1]):
                 entry = order[place]
                 token, weight, value = entry // active, weights[entry], down_dots[entry]
-                if place + AHEAD < len(order):
-                    later = order[place + AHEAD] // active
+                is_first = place == starts[segment]
+                if place + FAR_AHEAD < len(order):
+                    later = order[place + FAR_AHEAD] // active
                     prefetch_row(x, later)
                     prefetch_row(grad_y, later)
                     prefetch_row(grad_x, later)
@@ -285,14 +286,14 @@ def _look_back(
                     to_down = weight * out_dot * share
                     to_gate = weight * out_dot * value * slope(code, gate_dot)
                     add_row(grad_x, token, to_gate, gate, expert)
-                    add_row(for_gate, 0, to_gate, x, token)
+                    sum_row(for_gate, to_gate, x, token, is_first)
                 else:
                     hidden = activate(code, value)
                     to_down = weight * out_dot * slope(code, value)
                 grad_weights[entry] = hidden * out_dot
                 add_row(grad_x, token, to_down, down, expert)
-                add_row(for_down, 0, to_down, x, token)
-                add_row(for_up, 0, weight * hidden, grad_y, token)
+                sum_row(for_down, to_down, x, token, is_first)
+                sum_row(for_up, weight * hidden, grad_y, token, is_first)
             row = segment if sparse else expert
             write_row(grad_down, row, for_down, 0, past_cache)
             write_row(grad_up, row, for_up, 0, past_cache)

@@ -138,23 +138,39 @@ def dot(typing: Any, x: Any, token: Any, table: Any, row: Any) -> Any:
     return types.float32(x, types.intp, table, types.intp), generate
 
 
-@intrinsic
-def add_row(typing: Any, totals: Any, place: Any, coefficient: Any, table: Any, row: Any) -> Any:
-    """totals[place] += coefficient * table[row]"""
+def _scaling(is_added: bool) -> Any:
+    def scale_row(typing: Any, totals: Any, place: Any, coefficient: Any, table: Any, row: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            totals, table = (Rows(context, builder, signature.args[i], arguments[i]) for i in (0, 3))
+            total, row = totals.at(arguments[1]), table.at(arguments[4])
+            coefficient = splat(builder, arguments[2], LANES)
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        totals, table = (Rows(context, builder, signature.args[i], arguments[i]) for i in (0, 3))
-        total, row = totals.at(arguments[1]), table.at(arguments[4])
-        coefficient = splat(builder, arguments[2], LANES)
+            def scale(first: Any, there: Any) -> None:
+                before = read(builder, total, first, there) if is_added else NO_NUMBERS
+                theirs = read(builder, row, first, there)
+                write(builder, total, first, multiply_add(builder, coefficient, theirs, before), there)
 
-        def add(first: Any, there: Any) -> None:
-            before, theirs = read(builder, total, first, there), read(builder, row, first, there)
-            write(builder, total, first, multiply_add(builder, coefficient, theirs, before), there)
+            for_vectors(builder, INT64(0), totals.width, scale)
+            return context.get_dummy_value()
 
-        for_vectors(builder, INT64(0), totals.width, add)
-        return context.get_dummy_value()
+        return types.none(totals, types.intp, types.float32, table, types.intp), generate
 
-    return types.none(totals, types.intp, types.float32, table, types.intp), generate
+    return scale_row
+
+
+add_row = intrinsic(_scaling(True))
+"""totals[place] += coefficient * table[row], of the arguments totals, place, coefficient, table, row"""
+set_row = intrinsic(_scaling(False))
+"""totals[place] = coefficient * table[row]"""
+
+
+@inlined
+def sum_row(total: Any, coefficient: float, table: Any, row: int, is_first: bool) -> None:
+    """total[0] += coefficient * table[row], and = for the first, for which it need not be cleared"""
+    if is_first:
+        set_row(total, 0, coefficient, table, row)
+    else:
+        add_row(total, 0, coefficient, table, row)
 
 
 def _four_rows(builder: Any, table: Rows, ids: Any, first: Any) -> Any:

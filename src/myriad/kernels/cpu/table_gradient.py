@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from myriad.kernels.cpu.memory import new_tensor
-from myriad.kernels.cpu.rows import add_row
+from myriad.kernels.cpu.rows import sum_row
 from myriad.kernels.cpu.simd import LINE, array, as_element, compiled, inlined, store_line_past_cache
 from myriad.kernels.cpu.threads import in_parallel
 
 DIGIT = 11
-"""Bits that one pass of the sort orders by: its counts stay in the nearest cache."""
+"""Bits that one pass of the sort orders by, at most: its counts stay in the nearest cache."""
 PAST_CACHE = 2**24
 """Bytes of rows from which they would drive all else out of the cache, and each other."""
 
@@ -36,47 +36,57 @@ class Segments(NamedTuple):
 
 def segments(ids: Tensor, rows: int) -> Segments:
     """Group the entries of a tensor of ids below `rows` by id."""
-    return Segments(*grouped(array(ids).reshape(-1), digits_below(rows)))
+    return Segments(*grouped(array(ids).reshape(-1), bits_below(rows)))
 
 
-def digits_below(rows: int) -> int:
-    """How many digits the sort needs for ids below `rows`."""
-    return max(1, -(-(rows - 1).bit_length() // DIGIT))
+def bits_below(rows: int) -> int:
+    """How many bits the sort needs for ids below `rows`."""
+    return max(1, (rows - 1).bit_length())
 
 
 @compiled
-def grouped(ids: Any, digits: int) -> Any:
-    """The fields of `Segments` for ids of so many digits, of shape (M,)."""
-    order, spare = np.empty(len(ids), np.int32), np.empty(len(ids), np.int32)
-    starts, distinct = np.empty(len(ids) + 1, np.int32), np.empty(len(ids), np.int64)
+def grouped(ids: Any, bits: int) -> Any:
+    """The fields of `Segments` for ids of so many bits, of shape (M,).
+
+    An id and its entry are sorted as one number: nothing is looked up on the way.
+    """
+    entry_bits = 1
+    while 2**entry_bits < len(ids):
+        entry_bits += 1
+    entries, spare = np.empty(len(ids), np.int64), np.empty(len(ids), np.int64)
     for entry in range(len(ids)):
-        order[entry] = entry
-    for number in range(digits):
-        source, target = (order, spare) if number % 2 == 0 else (spare, order)
-        _sort_by_digit(ids, number * DIGIT, source, target)
-    if digits % 2 == 1:
-        order[:] = spare
-    found = 0
-    for place in range(len(order)):
-        value = ids[order[place]]
-        if place == 0 or value != distinct[found - 1]:
-            starts[found], distinct[found] = place, value
-            found += 1
-    starts[found] = len(order)
+        entries[entry] = (ids[entry] << entry_bits) | entry
+    passes = -(-bits // DIGIT)
+    digit = -(-bits // passes)
+    for number in range(passes):
+        _sort_by_digit(entries, entry_bits + number * digit, digit, spare)
+        entries, spare = spare, entries
+    order, starts = np.empty(len(ids), np.int32), np.empty(len(ids) + 1, np.int32)
+    distinct = np.empty(len(ids), np.int64)
+    found, before = 0, -1
+    for place in range(len(ids)):
+        value = entries[place] >> entry_bits
+        order[place] = entries[place] & (2**entry_bits - 1)
+        starts[found], distinct[found] = place, value
+        found += value != before
+        before = value
+    starts[found] = len(ids)
     return order, starts[: found + 1], distinct[:found]
 
 
 @compiled
-def _sort_by_digit(ids: Any, shift: int, source: Any, target: Any) -> None:
-    counts = np.zeros(2**DIGIT + 1, np.int32)
-    for entry in range(len(ids)):
-        counts[((ids[entry] >> shift) & (2**DIGIT - 1)) + 1] += 1
-    for digit in range(2**DIGIT):
-        counts[digit + 1] += counts[digit]
-    for place in range(len(source)):
-        digit = (ids[source[place]] >> shift) & (2**DIGIT - 1)
-        target[counts[digit]] = source[place]
-        counts[digit] += 1
+def _sort_by_digit(numbers: Any, shift: int, digit: int, target: Any) -> None:
+    """Put numbers in the order of some of their bits; those that agree in these stay in theirs."""
+    mask = 2**digit - 1
+    places = np.zeros(2**digit + 1, np.int32)
+    for number in numbers:
+        places[((number >> shift) & mask) + 1] += 1
+    for value in range(2**digit):
+        places[value + 1] += places[value]
+    for number in numbers:
+        value = (number >> shift) & mask
+        target[places[value]] = number
+        places[value] += 1
 
 
 def gradient_rows(table_ND: Tensor, found: Segments, sparse: bool) -> Tensor:
@@ -143,10 +153,9 @@ def _sum_segments(
     active = len(order) // max(1, len(source))
     total = np.empty((1, source.shape[1]), np.float32)
     for segment in range(start, stop):
-        total[:] = 0
         for place in range(starts[segment], starts[segment + 1]):
             entry = order[place]
-            add_row(total, 0, coefficients[entry], source, entry // active)
+            sum_row(total, coefficients[entry], source, entry // active, place == starts[segment])
         write_row(rows, segment if sparse else ids[segment], total, 0, past_cache)
 
 
