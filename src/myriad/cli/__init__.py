@@ -53,12 +53,13 @@ def _run(interrupts: "_Interrupts") -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Let the C library keep what was freed, where it is glibc.
+    """Let the C library keep what was freed, where it is glibc and the environment has no settings of its own for it.
 
     Otherwise it returns every large tensor to the system and is handed a new one page by page, each of them zeroed:
     layers that make tensors of megabytes spend more time on that than on arithmetic (docs/LOG.md).
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    is_set = any(name.startswith("MALLOC_") for name in os.environ)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" and not is_set else None
     if mallopt is not None:
         for parameter, size in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**30), (M_TOP_PAD, 2**26)):
             mallopt(parameter, size)
