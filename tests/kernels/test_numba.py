@@ -2,15 +2,14 @@
 
 import importlib
 import os
-from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from on_threads import on_threads
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -50,19 +49,6 @@ def assert_same(function, inputs: list[Tensor], **options) -> None:
         rtol = 2**-6 if mine.dtype == torch.bfloat16 else 1e-5
         scale = max(1.0, float(theirs.float().abs().max())) if theirs.numel() else 1.0  # sums may cancel
         assert_close(mine.float(), theirs.float(), rtol=rtol, atol=rtol * scale)
-
-
-def on_threads(counts: Iterable[int], call: Callable[[], Any]) -> list[Any]:
-    """What a call of the Numba forms gives on each number of threads."""
-    before, results = torch.get_num_threads(), []
-    try:
-        for count in counts:
-            torch.set_num_threads(count)
-            with use("numba"):
-                results.append(call())
-    finally:
-        torch.set_num_threads(before)
-    return results
 
 
 class TestLookups:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from cross_entropy_form import FusedCrossEntropy, any_size, problem, value_and_gradient
+from on_threads import on_threads
 
-from myriad.kernels import cross_entropy, use
+from myriad.kernels import cross_entropy, softmax_gradient, use
 
 pytest.importorskip("numba", reason="the Numba forms need numba")
 from myriad.kernels.cpu.exponential import exp
@@ -24,13 +25,7 @@ class TestNumba(FusedCrossEntropy):
     def test_many_rows_on_all_threads_and_on_one(self):
         logits, targets = problem(300, 1000, 0, torch.float32)
         self.assert_equals_reference(logits, targets, 1000)
-        before, found = torch.get_num_threads(), []
-        try:
-            for threads in (1, 2, 3):
-                torch.set_num_threads(threads)
-                found.append(value_and_gradient("numba", logits, targets, 1000))
-        finally:
-            torch.set_num_threads(before)
+        found = on_threads((1, 2, 3), lambda: value_and_gradient("numba", logits, targets, 1000))
         for other in found[1:]:
             assert all(map(torch.equal, found[0], other))
 
@@ -47,8 +42,11 @@ class TestNumba(FusedCrossEntropy):
 def test_a_target_past_the_vocabulary_is_refused_before_anything_is_written():
     for target in (37, 2**40):
         logits = torch.randn(2, 48)
-        with use("numba"), pytest.raises(IndexError, match="less than 37"):
-            cross_entropy(logits, torch.tensor([5, target]), 37)
+        before = logits.clone()
+        for function in (cross_entropy, softmax_gradient):
+            with use("numba"), pytest.raises(IndexError, match="less than 37"):
+                function(logits, torch.tensor([5, target]), 37)
+        assert torch.equal(logits, before)
 
 
 def test_the_exponential_is_numpys_to_its_last_digits():
