@@ -1,4 +1,4 @@
-"""Queries, their normalizations, keys and router weights."""
+"""Queries, their normalizations, and keys."""
 
 import pytest
 import torch
@@ -11,8 +11,6 @@ from myriad.ffn.retrieval import (
     Queries,
     new_keys,
     retrieval_cost,
-    retrieve,
-    router_weights,
     side_of,
 )
 
@@ -161,28 +159,6 @@ def test_normalised_queries_get_scores_of_order_one():
     keys = new_keys(64**2, 1, 256, shared=True).detach()
     scores = torch.randn(100, 256) @ keys[0].T
     assert 0.9 < float(scores.std()) < 1.1
-
-
-def test_router_weights():
-    scores = torch.tensor([[[1.0, -1.0], [0.0, 0.0]]])  # one token, two heads
-    e = torch.e
-    expected = {
-        "softmax": [[e / (e + 1 / e), 1 / e / (e + 1 / e)], [0.5, 0.5]],
-        "sigmoid": [[e / (1 + e), 1 / (1 + e)], [0.5, 0.5]],
-        "relu": [[1.0, 0.0], [0.0, 0.0]],
-    }
-    for router, weights in expected.items():
-        assert_close(router_weights(scores, router), torch.tensor([weights]))
-
-
-def test_retrieve_lays_the_heads_side_by_side():
-    queries, keys = torch.randn(4, 2, 2, 3), torch.randn(2, 2, 5, 3)
-    ids, weights = retrieve(queries, keys, 6, "softmax")
-    assert ids.shape == weights.shape == (4, 12)
-    second_ids, second_weights = retrieve(queries[:, 1:], keys[1:], 6, "softmax")
-    assert torch.equal(ids[:, 6:], second_ids)
-    assert_close(weights[:, 6:], second_weights)
-    assert_close(weights[:, :6].sum(1), torch.ones(4))
 
 
 @pytest.mark.parametrize("norm", ["batch", "layer", "rms", "none"])

@@ -18,6 +18,7 @@ from myriad.kernels import (
     names,
     product_key,
     registry,
+    retrieved_lookup,
     rounded_adamw,
     softmax_gradient,
     use,
@@ -167,7 +168,7 @@ def test_choices_refuse_what_cannot_run(fake_op):
 def test_every_op_runs_through_the_registry(monkeypatch):
     asked = []
     steps = ["table_update", "rounded_adamw"]
-    ops = ["product_key", "expert_lookup", "value_lookup", *steps, "cross_entropy", "batch_norm"]
+    ops = ["product_key", "expert_lookup", "value_lookup", *steps, "cross_entropy", "batch_norm", "retrieved_lookup"]
     for module in ops:
         path = f"myriad.kernels.{module}"
         monkeypatch.setattr(sys.modules[path], "resolve", lambda op, *what: (asked.append(op), resolve(op, *what))[1])
@@ -181,7 +182,9 @@ def test_every_op_runs_through_the_registry(monkeypatch):
     rounded_adamw(*(torch.zeros(4).bfloat16() for _ in range(3)), torch.ones(4), **options)
     softmax_gradient(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), 2)
     batch_norm(table, *torch.zeros(3, 3))
-    assert asked == ops
+    with torch.no_grad():
+        retrieved_lookup(torch.randn(1, 3), torch.randn(1, 1, 2, 3), torch.randn(2, 2, 3), 1, "softmax", table, table)
+    assert asked == [*ops, "product_key", "expert_lookup"]  # what the last one's reference stands for
 
 
 class TestComputesDirectly:

@@ -9,7 +9,6 @@ expert n is a neuron with down row u_n and up row v_n:
 from collections.abc import Mapping, Sequence
 from typing import Literal, Self
 
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -23,11 +22,10 @@ from myriad.ffn.retrieval import (
     Square,
     new_keys,
     retrieval_cost,
-    retrieve,
     routing_of,
 )
 from myriad.ffn.tables import NO_TABLES, TableConfig, TableDtype, Tables, TableUse, borrow, bytes_of, new_table
-from myriad.kernels import expert_lookup
+from myriad.kernels import retrieved_lookup
 
 
 @register
@@ -127,14 +125,15 @@ class PEER(FFN):
         config = self.config
         x_TD = x.reshape(-1, x.shape[-1])
         q_THPQ, load = self.queries(x_TD, None if mask is None else mask.reshape(-1))
-        ids_TA, weights_TA = retrieve(q_THPQ, self.keys, config.experts_per_head, config.router)
-        # Dropping a weight is dropping the hidden value that it multiplies.
-        y_TD = expert_lookup(
+        y_TD, ids_TA, weights_TA = retrieved_lookup(
             _as_looked_up(x_TD),
-            ids_TA,
-            F.dropout(weights_TA, config.dropout, self.training),
+            q_THPQ,
+            self.keys,
+            config.experts_per_head,
+            config.router,
             *self.tables(),
             activation=config.activation,
+            dropout=config.dropout if self.training else 0.0,
         )
         routing = (routing_of(x, ids_TA, weights_TA, config.experts, config.heads),) if with_routing else ()
         return FFNOutput(y_TD.view_as(x), no_loss(x), load, routing)

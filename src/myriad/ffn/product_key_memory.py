@@ -25,11 +25,10 @@ from myriad.ffn.retrieval import (
     Square,
     new_keys,
     retrieval_cost,
-    retrieve,
     routing_of,
 )
 from myriad.ffn.tables import NO_TABLES, TableConfig, TableDtype, Tables, TableUse, borrow, bytes_of, new_table
-from myriad.kernels import value_lookup
+from myriad.kernels import retrieve, value_lookup
 
 
 @register

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from myriad.config import ConfigError, Count
 from myriad.distributed import all_reduce_sum, world_size
 from myriad.ffn.base import Cost, Routing
-from myriad.kernels import batch_norm, product_key
+from myriad.kernels import batch_norm
 
 QueryNorm = Literal["batch", "layer", "rms", "none"]
 Router = Literal["softmax", "sigmoid", "relu"]
@@ -168,19 +168,6 @@ def new_keys(rows: int, heads: int, d_key: int, shared: bool) -> nn.Parameter:
     shape = (2, side_of(rows), d_key)
     keys = nn.Parameter(torch.empty(shape if shared else (heads, *shape)))
     return nn.init.normal_(keys, std=d_key**-0.5)  # pyright: ignore[reportReturnType]
-
-
-def router_weights(scores_THK: Tensor, router: Router) -> Tensor:
-    """The winners' weights; softmax is over the K of each head (arXiv 2407.04153, equation 3)."""
-    if router == "softmax":
-        return scores_THK.softmax(dim=-1)
-    return scores_THK.sigmoid() if router == "sigmoid" else scores_THK.relu()
-
-
-def retrieve(q_THPQ: Tensor, keys: Tensor, k: int, router: Router) -> tuple[Tensor, Tensor]:
-    """Each token's rows over all heads: ids and weights of shape (T, A)."""
-    scores_THK, ids_THK = product_key(q_THPQ, keys, k)
-    return ids_THK.flatten(1), router_weights(scores_THK, router).flatten(1)
 
 
 def routing_of(x: Tensor, ids_TA: Tensor, weights_TA: Tensor, rows: int, heads: int) -> Routing:

@@ -180,8 +180,13 @@ def _reference_backward(
 register("expert_lookup", "reference", ExpertLookupFunctions(_reference_forward, _reference_backward))
 
 
+def form_dtype(x: Tensor, table: Tensor) -> torch.dtype:
+    """The dtype that decides which form looks up."""
+    return torch.promote_types(x.dtype, table.dtype)
+
+
 def _functions(x: Tensor, table: Tensor) -> ExpertLookupFunctions:
-    return resolve("expert_lookup", x.device.type, torch.promote_types(x.dtype, table.dtype))
+    return resolve("expert_lookup", x.device.type, form_dtype(x, table))
 
 
 def _compute(

@@ -53,7 +53,7 @@ def _forward(
     )
     y_TD = new_tensor(x.shape)
     if ids.numel() < len(down):
-        in_parallel(_visit_tokens, len(x), *arguments, array(y_TD), grain=GRAIN)
+        in_parallel(visit_tokens, len(x), *arguments, array(y_TD), grain=GRAIN)
     else:
         pieces, bits = torch.get_num_threads(), bits_below(len(down))
         in_parallel(_visit_experts, pieces, pieces, bits, *arguments, array(y_TD), grain=1)
@@ -61,7 +61,7 @@ def _forward(
 
 
 @compiled
-def _visit_tokens(
+def visit_tokens(
     start: int,
     stop: int,
     x: Any,

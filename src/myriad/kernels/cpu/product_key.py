@@ -65,7 +65,7 @@ def _forward(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _retrieve_few(queries_THPQ: Tensor, keys_HPSQ: Tensor, scores_THK: np.ndarray, ids_THK: np.ndarray) -> None:
-    _choose_for_few(_rows(queries_THPQ), array(keys_HPSQ), scores_THK, ids_THK)
+    choose_for_few(_rows(queries_THPQ), array(keys_HPSQ), scores_THK, ids_THK)
 
 
 def _retrieve_by_bytes(queries_THPQ: Tensor, keys_HPSQ: Tensor, scores_THK: np.ndarray, ids_THK: np.ndarray) -> None:
@@ -262,7 +262,7 @@ def _choose_by_products(
 
 
 @compiled
-def _choose_for_few(queries_MQ: Any, keys_HPSQ: Any, scores_THK: Any, ids_THK: Any) -> None:
+def choose_for_few(queries_MQ: Any, keys_HPSQ: Any, scores_THK: Any, ids_THK: Any) -> None:
     """All heads, one after the other."""
     tokens, heads, k = scores_THK.shape
     side, width = keys_HPSQ.shape[2:]
