@@ -159,4 +159,6 @@ def test_auto_never_interprets(monkeypatch):
     monkeypatch.setattr(registry, "FORMS", {"triton": registry.FORMS["triton"]})
     assert set(choices("cpu").values()) == {"reference (no faster form for cpu)"}
     with use("triton"):
-        assert set(choices("cpu").values()) == {"triton (asked for)"}
+        chosen = choices("cpu")
+    assert chosen.pop("retrieved_lookup") == "reference (no triton form)"  # which is two ops that have one
+    assert set(chosen.values()) == {"triton (asked for)"}
