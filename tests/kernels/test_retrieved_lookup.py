@@ -118,17 +118,21 @@ class TestTheTwoOps:
                 retrieved_lookup(x, queries, keys, 3, "softmax", *(table[:1] for table in tables))
 
 
+def tokens_of_calls(patch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens each call of the Numba kernel has, from now on."""
+    pytest.importorskip("numba", reason="the Numba form needs numba")
+    form = importlib.import_module("myriad.kernels.cpu.retrieved_lookup")
+    kernel, seen = form._look_up, []
+    patch.setattr(form, "_look_up", lambda *a: (seen.append(len(a[6])), kernel(*a))[1])
+    return seen
+
+
 class TestNumba:
     """A few tokens in one call, where nothing is to be recorded."""
 
     @pytest.fixture
     def calls(self, monkeypatch) -> list[int]:
-        """How many tokens each call of the kernel had."""
-        pytest.importorskip("numba", reason="the Numba form needs numba")
-        form = importlib.import_module("myriad.kernels.cpu.retrieved_lookup")
-        kernel, seen = form._look_up, []
-        monkeypatch.setattr(form, "_look_up", lambda *a: (seen.append(len(a[6])), kernel(*a))[1])
-        return seen
+        return tokens_of_calls(monkeypatch)
 
     @quick
     @given(
@@ -146,14 +150,15 @@ class TestNumba:
     )
     def test_is_the_two_ops(self, sizes, k, seed, shared, gated, dtype, table_dtype, router, activation):
         """The same experts, whatever the sizes; the exponential function is another, and bfloat16 keeps few digits."""
-        pytest.importorskip("numba", reason="the Numba form needs numba")
         tokens, heads, side, d_key, width = sizes
         options = {"d_key": d_key, "width": width, "shared": shared, "gated": gated, "seed": seed}
         x, queries, keys, tables = inputs(tokens, heads, side, dtype=dtype, table_dtype=table_dtype, **options)
         gate = tables[2] if gated else None
         arguments = x, queries, keys, min(k, side**2), router, *tables[:2], gate, activation
-        with torch.no_grad(), use("numba"):
+        with pytest.MonkeyPatch.context() as patch, torch.no_grad(), use("numba"):
+            calls = tokens_of_calls(patch)
             found, expected = retrieved_lookup(*arguments), one_after_the_other(*arguments)
+        assert calls == [tokens]
         assert torch.equal(found.ids_TA, expected.ids_TA)
         assert found.y_TD.dtype == dtype
         assert_close(found.weights_TA, expected.weights_TA, rtol=1e-6, atol=1e-7)
@@ -161,13 +166,14 @@ class TestNumba:
         scale = max(1.0, float(expected.y_TD.float().abs().max()))
         assert_close(found.y_TD.float(), expected.y_TD.float(), rtol=digits, atol=digits * scale)
 
-    def test_is_the_reference(self):
+    def test_is_the_reference(self, calls):
         x, queries, keys, tables = inputs(3, 2, 30, d_key=16, width=40, gated=True)
         arguments = x, queries, keys, 8, "softmax", *tables
         with torch.no_grad():
             found = retrieved_lookup(*arguments)
             with use("reference"):
                 expected = retrieved_lookup(*arguments)
+        assert calls == [3]
         assert torch.equal(found.ids_TA, expected.ids_TA)
         assert_close(found.weights_TA, expected.weights_TA, rtol=1e-4, atol=1e-6)
         assert_close(found.y_TD, expected.y_TD, rtol=1e-4, atol=1e-5)
